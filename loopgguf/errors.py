@@ -1,0 +1,35 @@
+"""What can go wrong for a user, as exceptions with an exit code each.
+
+An error's text is one line: what, where, got, expected, what to do. `assert` is our bug, `LoopggufError` is the
+user's input or machine; anything else keeps its traceback.
+"""
+
+
+class LoopggufError(Exception):
+    """A failure with a message for the user; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class QualityError(LoopggufError):
+    """The result was made but does not pass its own checks (exit 1)."""
+
+    exit_code = 1
+
+
+class UsageError(LoopggufError):
+    """The request contradicts itself or cannot be met; refused before any work (exit 2)."""
+
+    exit_code = 2
+
+
+class InputError(LoopggufError):
+    """A file that was given is missing, malformed, unsupported or of another model (exit 3)."""
+
+    exit_code = 3
+
+
+class OutputError(LoopggufError):
+    """The output exists, cannot be written or does not fit on the disk (exit 4)."""
+
+    exit_code = 4

@@ -1,0 +1,127 @@
+"""libllama inside llama-cpp-python through its C API: load a GGUF, tokenize, run tokens, watch the graph.
+
+The low-level API only: the high-level `Llama` class compiles the file's chat template in-process when it loads a
+file, which a hostile file can abuse. Settings that change numerics are fixed here so that two runs always agree:
+F16 KV cache, flash attention off, no weight repacking (`use_extra_bufts`), unified memory mapping.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import llama_cpp.llama_cpp as binding
+import numpy as np
+from llama_cpp._logger import set_verbose
+from numpy.typing import NDArray
+
+from loopgguf.errors import InputError
+
+EvalCallback = Callable[[int, bool], bool]
+
+_GGML_TYPE_F16 = 1
+_FLASH_ATTENTION_DISABLED = 0
+
+
+class Model:
+    """A loaded GGUF; a context manager. `path` must have passed `container.read_gguf` before."""
+
+    def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+        set_verbose(False)
+        binding.llama_backend_init()
+        params = binding.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = False
+        self.pointer = binding.llama_model_load_from_file(str(path).encode(), params)
+        if not self.pointer:
+            raise InputError(f"llama.cpp cannot load {path}: an architecture, tokenizer or type it does not know, or damaged data")
+        self.vocab = binding.llama_model_get_vocab(self.pointer)
+        self.n_vocab = int(binding.llama_vocab_n_tokens(self.vocab))
+        self.adds_bos = bool(binding.llama_vocab_get_add_bos(self.vocab))
+        self.bos = int(binding.llama_vocab_bos(self.vocab))
+        self.eos = int(binding.llama_vocab_eos(self.vocab))
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Return the token ids of `text` as llama.cpp makes them."""
+        raw = text.encode()
+        size = len(raw) + 16
+        buffer = (ctypes.c_int32 * size)()
+        n = int(binding.llama_tokenize(self.vocab, raw, len(raw), buffer, size, add_special, parse_special))
+        if n < 0:
+            buffer = (ctypes.c_int32 * -n)()
+            n = int(binding.llama_tokenize(self.vocab, raw, len(raw), buffer, -n, add_special, parse_special))
+        return buffer[:n]
+
+    def token_text(self, token: int) -> bytes:
+        """Return the bytes a token stands for; empty for control tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        n = int(binding.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
+        return buffer.raw[: max(n, 0)]
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.pointer:
+            binding.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+class Context:
+    """Runs tokens through a model; a context manager.
+
+    n_ctx: tokens of one sequence. n_threads: CPU threads. callback: called as (address of a ggml_tensor, ask) for
+    every node of the graph, as `cb_eval` of llama.h; it must not raise.
+    """
+
+    def __init__(self, model: Model, n_ctx: int, *, n_threads: int, callback: EvalCallback | None = None) -> None:
+        self.model, self.n_ctx = model, n_ctx
+        params = binding.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = _GGML_TYPE_F16
+        params.flash_attn_type = _FLASH_ATTENTION_DISABLED
+        params.no_perf = True
+        self._callback = None
+        if callback is not None:
+            self._callback = binding.ggml_backend_sched_eval_callback(lambda tensor, ask, _data: callback(int(tensor), bool(ask)))
+            params.cb_eval = self._callback
+        self.pointer = binding.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for this model: not enough memory, or a context it does not support")
+        self._batch = binding.llama_batch_init(n_ctx, 0, 1)
+
+    def decode(self, tokens: Sequence[int] | NDArray[np.int32], start: int = 0) -> NDArray[np.float32]:
+        """Run `tokens` as positions start… of the one sequence and return all their logits (n_tokens, n_vocab) float32.
+
+        The array is a view into llama.cpp's buffer, valid until the next call. start=0 forgets everything before.
+        """
+        if start == 0:
+            binding.llama_memory_clear(binding.llama_get_memory(self.pointer), True)
+        batch, n = self._batch, len(tokens)
+        assert 0 < n <= self.n_ctx, n
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i] = int(token)
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = 1
+        status = binding.llama_decode(self.pointer, batch)
+        if status != 0:
+            raise InputError(f"llama.cpp could not run {n} tokens (llama_decode returned {status}): not enough memory, or damaged weights")
+        logits = binding.llama_get_logits(self.pointer)
+        return np.ctypeslib.as_array(logits, (n, self.model.n_vocab))
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.pointer:
+            binding.llama_batch_free(self._batch)
+            binding.llama_free(self.pointer)
+            self.pointer = None
