@@ -25,7 +25,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from loopgguf.errors import InputError, OutputError
-from loopgguf.formats import FORMATS, GGUF_ALIGNMENT, GgmlType, padded, tensor_bytes
+from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, GgmlType, padded, tensor_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -140,7 +140,9 @@ class _Cursor:
         return self.size - self.position
 
     def refuse(self, field: str, got: object, expected: str) -> NoReturn:
-        raise InputError(f"malformed GGUF: {field} in {self.path} at byte {self.position}: got {got}, expected {expected}. Download or convert the file again")
+        # the file chose what is quoted, so it is cut to a readable length
+        place = f"{field:.160} in {self.path} at byte {self.position}"
+        raise InputError(f"malformed GGUF: {place}: got {got!s:.160}, expected {expected}. Download or convert the file again")
 
     def take(self, n_bytes: int, field: str) -> bytes:
         if n_bytes > self.left:
@@ -207,8 +209,8 @@ def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
     metadata: dict[str, Value] = {}
     for i in range(n_kv):
         key = cursor.text(f"key {i}")
-        if not 0 < len(key.encode()) <= MAX_KEY_BYTES:
-            cursor.refuse(f"key {i}", f"{len(key)} characters", f"1 to {MAX_KEY_BYTES} bytes")
+        if not 0 < len(key.encode()) <= MAX_KEY_BYTES or not key.isprintable():
+            cursor.refuse(f"key {i}", repr(key), f"1 to {MAX_KEY_BYTES} bytes without control characters")
         if key in metadata:
             cursor.refuse(f"key {i}", f"{key!r} twice", "each key once")
         field = f"value of {key!r}"
@@ -220,15 +222,18 @@ def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
 def _read_tensor_type(cursor: _Cursor, name: str) -> GgmlType:
     number = int(cursor.number(ValueType.UINT32, f"type of tensor {name!r}"))
     try:
-        return GgmlType(number)
+        ggml_type = GgmlType(number)
     except ValueError:
         cursor.refuse(f"type of tensor {name!r}", number, "a ggml type this version knows (a removed or newer one?)")
+    if ggml_type in ACTIVATION_TYPES:
+        cursor.refuse(f"type of tensor {name!r}", ggml_type.name, "a type for weights, not for activations")
+    return ggml_type
 
 
 def _read_tensor_name(cursor: _Cursor, i: int) -> str:
     name = cursor.text(f"name of tensor {i}")
-    if not 0 < len(name.encode()) <= MAX_NAME_BYTES or "\0" in name:
-        cursor.refuse(f"name of tensor {i}", repr(name[:80]), f"1 to {MAX_NAME_BYTES} bytes without NUL")
+    if not 0 < len(name.encode()) <= MAX_NAME_BYTES or not name.isprintable():
+        cursor.refuse(f"name of tensor {i}", repr(name), f"1 to {MAX_NAME_BYTES} bytes without control characters")
     return name
 
 
@@ -265,7 +270,7 @@ def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tupl
             cursor.refuse(f"data of {name!r}", f"{n_bytes} bytes from byte {data_offset + offset}", f"at most the file's {cursor.size} bytes (truncated?)")
         tensors.append(TensorInfo(name, ggml_type, shape, data_offset + offset, n_bytes))
         expected = padded(offset + n_bytes, alignment)
-    if tensors and cursor.size > data_offset + expected:
+    if cursor.size > data_offset + expected:
         cursor.refuse("end of file", f"{cursor.size - data_offset - expected} bytes behind the last tensor", "no trailing bytes")
     return tuple(tensors), data_offset
 
@@ -274,7 +279,7 @@ def _read_alignment(cursor: _Cursor, metadata: Metadata) -> int:
     value = metadata.get("general.alignment", uint32(GGUF_ALIGNMENT))
     alignment = value.data
     if value.type is not ValueType.UINT32 or not isinstance(alignment, int) or alignment & (alignment - 1) or not 8 <= alignment <= 65536:
-        cursor.refuse("general.alignment", alignment, "a 32-bit power of two from 8 to 65536")
+        cursor.refuse("general.alignment", repr(alignment), "a 32-bit power of two from 8 to 65536")
     return alignment
 
 
@@ -333,7 +338,7 @@ def split_count(file: GgufFile) -> int:
     """Return how many shards the model of this file has; 1 for a whole file. Raises InputError for a non-integer."""
     data = file.metadata.get("split.count", uint32(1)).data
     if not isinstance(data, int) or not 0 <= data <= 99999:
-        raise InputError(f"split.count in {file.path}: got {data!r}, expected an integer from 1 to 99999")
+        raise InputError(f"split.count in {file.path}: got {data!r:.160}, expected an integer from 1 to 99999")
     return max(int(data), 1)
 
 
@@ -346,10 +351,10 @@ def read_shards(path: Path) -> tuple[GgufFile, ...]:
     count = split_count(first)
     if count == 1:
         return (first,)
-    if not _SHARD_NAME.match(path.name):
-        raise InputError(f"{path} is one of {count} shards but is not named like one: expected {shard_path(path, 1, count).name}; rename the shards back")
     if first.metadata.get("split.no", uint32(0)).data != 0:
         raise InputError(f"{path} is not the first shard: give {shard_path(path, 1, count).name} instead")
+    if path.name != shard_path(path, 1, count).name:
+        raise InputError(f"{path} is one of {count} shards but is not named like one: expected {shard_path(path, 1, count).name}; rename the shards back")
     files = [first]
     for number in range(2, count + 1):
         sibling = shard_path(path, number, count)
@@ -399,9 +404,12 @@ class Layout:
 def plan_layout(metadata: Metadata, tensors: Iterable[tuple[str, GgmlType, Shape]]) -> Layout:
     """Return the layout of a file with this metadata and these (name, type, row-major shape), in their order.
 
-    Payloads are padded to 32 bytes, the last one too, as llama-quantize does.
+    Payloads are padded, the last one too, as llama-quantize does: to `general.alignment` where a copied file has it
+    (readers believe that key), else to 32 bytes.
     """
     tensors = list(tensors)
+    alignment = metadata.get("general.alignment", uint32(GGUF_ALIGNMENT)).data
+    assert isinstance(alignment, int)
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     parts += [_encode_text(key) + _encode_value(value) for key, value in metadata.items()]
     infos, offset = [], 0
@@ -410,9 +418,9 @@ def plan_layout(metadata: Metadata, tensors: Iterable[tuple[str, GgmlType, Shape
         dims = tuple(reversed(shape))
         parts.append(_encode_text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, ggml_type, offset))
         infos.append((name, ggml_type, shape, offset, tensor_bytes(ggml_type, shape)))
-        offset += padded(infos[-1][4])
+        offset += padded(infos[-1][4], alignment)
     header = b"".join(parts)
-    header += bytes(padded(len(header)) - len(header))
+    header += bytes(padded(len(header), alignment) - len(header))
     placed = tuple(TensorInfo(name, ggml_type, shape, len(header) + at, n_bytes) for name, ggml_type, shape, at, n_bytes in infos)
     return Layout(header, placed, len(header) + offset)
 
@@ -451,6 +459,8 @@ class PartFile:
             with _explained(self.path, "reserve space for"):
                 if self.total_bytes and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._fd, 0, self.total_bytes)
+                else:  # macOS: nothing is reserved, but the padding at the end exists
+                    os.ftruncate(self._fd, self.total_bytes)
         except OutputError:
             self.discard()
             raise
@@ -502,12 +512,15 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 def write_gguf(target: Path, metadata: Metadata, tensors: Sequence[tuple[str, GgmlType, np.ndarray]], *, overwrite: bool = False) -> None:
-    """Write a small GGUF (an imatrix, a vocabulary) in one go and publish it. Arrays are float32 or packed uint8 rows
-    whose shape is the logical one for float types. Raises OutputError when it cannot be written."""
+    """Write a small GGUF (an imatrix, a vocabulary) in one go and publish it.
+
+    Arrays hold the values of their unpacked type, float32 for F32. Raises OutputError when it cannot be written.
+    """
     layout = plan_layout(metadata, [(name, ggml_type, a.shape) for name, ggml_type, a in tensors])
     with PartFile(target, layout.total_bytes, overwrite=overwrite) as part:
         part.write_at(0, layout.header)
         for info, (_, _, data) in zip(layout.tensors, tensors, strict=True):
-            part.write_at(info.offset, np.ascontiguousarray(data).tobytes())
+            assert data.nbytes == info.n_bytes, (info, data.dtype)
+            part.write_at(info.offset, data.tobytes())
         part.sync()
         part.publish()

@@ -190,8 +190,8 @@ def padded(n_bytes: int, alignment: int = GGUF_ALIGNMENT) -> int:
     return -(-n_bytes // alignment) * alignment
 
 
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{u}B": n for u, n in _UNITS.items() if u not in ("", "B")}
+_UNITS = {"B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{u}B": n for u, n in _UNITS.items() if u != "B"}
 _UNITS |= {f"{u}iB": 1024 ** (i + 1) for i, u in enumerate("KMGT")}
 
 
@@ -203,11 +203,11 @@ def parse_size(text: str, bare_unit_bytes: int = 1) -> int:
     stripped = text.strip()
     number = stripped.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = stripped[len(number) :].strip()
-    multiplier = {name.lower(): n for name, n in _UNITS.items()}.get(unit.lower())
+    multiplier = {name.lower(): n for name, n in _UNITS.items()}.get(unit.lower(), math.nan) if unit else bare_unit_bytes
     try:
-        value = float(number)
+        n_bytes = float(number) * multiplier
     except ValueError:
-        value = math.nan
-    if multiplier is None or not math.isfinite(value) or value <= 0:
+        n_bytes = math.nan
+    if not math.isfinite(n_bytes) or round(n_bytes) < 1:
         raise UsageError(f"not a size: got {text!r}, expected a positive number with a unit such as 3.2GB or 64MiB")
-    return round(value * (multiplier if unit else bare_unit_bytes))
+    return round(n_bytes)

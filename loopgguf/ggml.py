@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf.errors import UsageError
-from loopgguf.formats import FORMATS, IMATRIX_REQUIRED_BY_GGML, GgmlType, row_bytes
+from loopgguf.formats import FLOAT_TYPES, FORMATS, IMATRIX_REQUIRED_BY_GGML, QUANTIZED_TYPES, GgmlType, row_bytes
+
+MAX_WEIGHT = 1e9  # no F16 scale of a block reaches so far: Q6_K and IQ4_XS end at 65504 · 32 · 127
 
 FloatArray = NDArray[np.float32]
 ByteArray = NDArray[np.uint8]
@@ -60,9 +62,6 @@ def library() -> Any:
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     lib.ggml_validate_row_data.restype = ctypes.c_bool
     lib.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-    for name in ("ggml_fp32_to_fp16_row", "ggml_fp32_to_bf16_row"):
-        getattr(lib, name).restype = None
-        getattr(lib, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     lib.ggml_version.restype = ctypes.c_char_p
     return lib
 
@@ -93,25 +92,20 @@ def encode_rows(ggml_type: GgmlType, rows: FloatArray, importance: FloatArray | 
     n_rows, n_in = rows.shape
     if importance is None and ggml_type in IMATRIX_REQUIRED_BY_GGML:
         raise UsageError(f"{ggml_type.name} cannot be encoded without an imatrix; give one with --imatrix or choose another type")
+    assert ggml_type in QUANTIZED_TYPES | FLOAT_TYPES, ggml_type  # ggml aborts on the others
     assert rows.dtype == np.float32 and rows.flags.c_contiguous, (rows.dtype, rows.flags)
     assert importance is None or (importance.dtype == np.float32 and importance.shape == (n_in,) and importance.flags.c_contiguous)
     if out is None:
         out = np.empty((n_rows, row_bytes(ggml_type, n_in)), np.uint8)
     assert out.shape == (n_rows, row_bytes(ggml_type, n_in)) and out.flags.c_contiguous
-    lib = library()
-    if ggml_type is GgmlType.F32:
-        out[:] = rows.view(np.uint8)
-    elif ggml_type is GgmlType.F16:
-        lib.ggml_fp32_to_fp16_row(rows.ctypes.data, out.ctypes.data, rows.size)
-    elif ggml_type is GgmlType.BF16:
-        lib.ggml_fp32_to_bf16_row(rows.ctypes.data, out.ctypes.data, rows.size)
-    else:
-        lib.ggml_quantize_chunk(ggml_type, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_in, None if importance is None else importance.ctypes.data)
+    # for BF16 too: `ggml_fp32_to_bf16_row` flushes subnormals to zero on some processors, this does not
+    library().ggml_quantize_chunk(ggml_type, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_in, None if importance is None else importance.ctypes.data)
     return out
 
 
 def decode_rows(ggml_type: GgmlType, packed: ByteArray, out: FloatArray | None = None) -> FloatArray:
     """Return packed rows (n_rows, row bytes) uint8 as (n_rows, n_in) float32, written into `out` when given."""
+    assert ggml_type in QUANTIZED_TYPES | FLOAT_TYPES, ggml_type  # ggml has no decoder for the others
     fmt = FORMATS[ggml_type]
     n_rows, n_bytes = packed.shape
     if out is None:
@@ -124,6 +118,27 @@ def decode_rows(ggml_type: GgmlType, packed: ByteArray, out: FloatArray | None =
     return out
 
 
+def rows_are_encodable(rows: FloatArray) -> bool:
+    """Tell whether all weights are finite and of a size that quantized types can hold at all.
+
+    A larger one makes an infinite scale in most types, but K-quants encode its block as zeros and the i-quants abort
+    the process (from 1e13 on, measured), so it must be found before.
+    """
+    return not rows.size or max(float(rows.max()), -float(rows.min())) <= MAX_WEIGHT
+
+
+_EXPONENTS = {GgmlType.F16: np.uint16(0x7C00), GgmlType.BF16: np.uint16(0x7F80)}  # all ones: infinity or NaN
+
+
 def rows_are_valid(ggml_type: GgmlType, packed: ByteArray) -> bool:
-    """Tell whether every float that the bytes hold (weights or block scales) is finite, as llama.cpp checks it."""
+    """Tell whether every float that the bytes hold (weights or block scales) is finite, as llama.cpp checks it.
+
+    Floats are checked here: ggml takes up to ten times longer for them, and prints what it finds.
+    """
+    assert packed.flags.c_contiguous
+    if ggml_type is GgmlType.F32:
+        return bool(np.isfinite(packed.view(np.float32)).all())
+    if ggml_type in _EXPONENTS:
+        ones = _EXPONENTS[ggml_type]
+        return not bool(((packed.view(np.uint16) & ones) == ones).any())
     return bool(library().ggml_validate_row_data(ggml_type, packed.ctypes.data, packed.nbytes))

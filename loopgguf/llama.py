@@ -8,14 +8,20 @@ F16 KV cache, flash attention off, no weight repacking (`use_extra_bufts`), unif
 from __future__ import annotations
 
 import ctypes
+import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import llama_cpp.llama_cpp as binding
 import numpy as np
-from llama_cpp._logger import set_verbose
 from numpy.typing import NDArray
+
+# OpenMP threads that spin while they wait take the cores from everything else on the machine, ours included;
+# libgomp reads this when it is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import llama_cpp.llama_cpp as binding
 
 from loopgguf.errors import InputError
 
@@ -23,13 +29,33 @@ EvalCallback = Callable[[int, bool], bool]
 
 _GGML_TYPE_F16 = 1
 _FLASH_ATTENTION_DISABLED = 0
+_LOG_LEVEL_ERROR = 4  # ggml_log_level of ggml.h
+
+_errors: deque[str] = deque(maxlen=4)  # what llama.cpp last complained about
+
+
+def _keep_error(level: int, text: bytes, _data: object) -> None:
+    """Keep llama.cpp's error lines for our messages and drop the rest; llama-cpp-python's own logger drops errors."""
+    if level == _LOG_LEVEL_ERROR:
+        _errors.append(text.decode("utf-8", "replace").strip())
+
+
+_LOG_CALLBACK = binding.llama_log_callback(_keep_error)  # alive as long as llama.cpp may call it
+
+
+def _cause() -> str:
+    """Return what llama.cpp said first since the last call, in brackets, or nothing."""
+    first = _errors[0] if _errors else ""
+    _errors.clear()
+    return f" ({first})" if first else ""
 
 
 class Model:
     """A loaded GGUF; a context manager. `path` must have passed `container.read_gguf` before."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
-        set_verbose(False)
+        binding.llama_log_set(_LOG_CALLBACK, None)
+        _errors.clear()
         binding.llama_backend_init()
         params = binding.llama_model_default_params()
         params.vocab_only = vocab_only
@@ -37,7 +63,7 @@ class Model:
         params.use_extra_bufts = False
         self.pointer = binding.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
-            raise InputError(f"llama.cpp cannot load {path}: an architecture, tokenizer or type it does not know, or damaged data")
+            raise InputError(f"llama.cpp cannot load {path}{_cause()}: an architecture, tokenizer or type it does not know, or damaged data")
         self.vocab = binding.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(binding.llama_vocab_n_tokens(self.vocab))
         self.adds_bos = bool(binding.llama_vocab_get_add_bos(self.vocab))
@@ -92,30 +118,31 @@ class Context:
             params.cb_eval = self._callback
         self.pointer = binding.llama_init_from_model(model.pointer, params)
         if not self.pointer:
-            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for this model: not enough memory, or a context it does not support")
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for this model{_cause()}: not enough memory, or a context it does not support")
         self._batch = binding.llama_batch_init(n_ctx, 0, 1)
 
-    def decode(self, tokens: Sequence[int] | NDArray[np.int32], start: int = 0) -> NDArray[np.float32]:
-        """Run `tokens` as positions start… of the one sequence and return all their logits (n_tokens, n_vocab) float32.
+    def decode(self, tokens: Sequence[int] | NDArray[np.int32], start: int = 0, first_logits: int = 0) -> NDArray[np.float32]:
+        """Run `tokens` as positions start… of the one sequence; return logits (n_tokens − first_logits, n_vocab) float32.
 
-        The array is a view into llama.cpp's buffer, valid until the next call. start=0 forgets everything before.
+        Those of the tokens before `first_logits` are not computed. The array is a view into llama.cpp's buffer, valid
+        until the next call. start=0 forgets everything before. Raises InputError when llama.cpp cannot run them.
         """
         if start == 0:
             binding.llama_memory_clear(binding.llama_get_memory(self.pointer), True)
         batch, n = self._batch, len(tokens)
-        assert 0 < n <= self.n_ctx, n
+        assert 0 <= first_logits < n <= self.n_ctx, (first_logits, n)
         batch.n_tokens = n
         for i, token in enumerate(tokens):
             batch.token[i] = int(token)
             batch.pos[i] = start + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
-            batch.logits[i] = 1
+            batch.logits[i] = i >= first_logits
         status = binding.llama_decode(self.pointer, batch)
         if status != 0:
-            raise InputError(f"llama.cpp could not run {n} tokens (llama_decode returned {status}): not enough memory, or damaged weights")
+            raise InputError(f"llama.cpp could not run {n} tokens (llama_decode returned {status}){_cause()}: not enough memory, or damaged weights")
         logits = binding.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(logits, (n, self.model.n_vocab))
+        return np.ctypeslib.as_array(logits, (n - first_logits, self.model.n_vocab))
 
     def __enter__(self) -> Context:
         return self

@@ -1,16 +1,41 @@
-"""(tensors, statistics, intent) → Plan. STUB: dataclasses only for now."""
+"""(tensors, metadata, intent) → Plan: one row per tensor with its type, exact bytes and the reason. Pure functions.
+
+Three intents: a preset of llama-quantize (`plan_preset`), a profile of rules (`plan_profile`), a plain conversion
+(`plan_conversion`). All share llama-quantize's order: what is never quantized, then forced types, then overrides, then
+the intent, then the fallback for rows that are no whole blocks. Whatever cannot work is refused here, before any work.
+Reads no weights and writes nothing. Sources: llama-quant.cpp (`llama_tensor_get_type`), conversion/base.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-from loopgguf.container import Shape
-from loopgguf.formats import GgmlType
+from loopgguf.architectures import tensor_role
+from loopgguf.container import Metadata, Shape, plan_layout
+from loopgguf.errors import UsageError
+from loopgguf.formats import FLOAT_TYPES, FORMATS, IMATRIX_IGNORED, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, fallback_type, fits_row, parse_type, tensor_bytes
+from loopgguf.presets import PRESETS, Preset, choose_types, find_preset, is_embedding, read_facts, requires_imatrix, why_kept
+from loopgguf.profile import Profile, check_regex
+from loopgguf.source import Tensor
+
+OUTPUT = "output.weight"
+MAX_NAMED = 3  # tensors that an error names before it only counts
+
+HasImportance = Callable[[str], bool]
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What becomes of one tensor. `reason`: the rule that chose the type; `fallback`: why not the chosen one, or ''."""
+    """What becomes of one tensor. `reason`: the rule that chose the type; `fallback`: why not `wanted`, or ''."""
 
     name: str
     shape: Shape
@@ -20,6 +45,16 @@ class PlanRow:
     reason: str
     fallback: str = ""
     uses_imatrix: bool = False
+    wanted: GgmlType | None = None  # the type that the reason asked for, where a fallback was needed
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the bytes are made anew, not copied."""
+        return self.type is not self.source_type
 
 
 @dataclass(frozen=True)
@@ -33,3 +68,360 @@ class Plan:
     @property
     def tensor_bytes(self) -> int:
         return sum(row.n_bytes for row in self.rows)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(row.n_weights for row in self.rows)
+
+    @property
+    def reasons(self) -> Mapping[str, int]:
+        """How many tensors each rule decided, in the order of the rows: overrides that were given among them."""
+        return Counter(row.reason for row in self.rows)
+
+    @property
+    def without_importance(self) -> tuple[str, ...]:
+        """Tensors encoded in a type that heeds an imatrix, but without data for them."""
+        return tuple(row.name for row in self.rows if row.is_encoded and _heeds_importance(row.type) and not row.uses_imatrix)
+
+    @property
+    def hash(self) -> str:
+        """A sha256 over everything that decides the bytes: the intent and each row."""
+        return hashlib.sha256(to_json(self).encode()).hexdigest()
+
+
+def to_json(plan: Plan) -> str:
+    """Return the plan as canonical JSON: sorted keys, no spaces, types by name."""
+
+    def plain(items: list[tuple[str, object]]) -> dict[str, object]:
+        return {key: value.name if isinstance(value, GgmlType) else value for key, value in items}
+
+    return json.dumps(asdict(plan, dict_factory=plain), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def bits_per_weight(plan: Plan) -> float:
+    """Return 8 × the bytes of all tensors, norms included, over the number of weights, as llama-quantize prints it."""
+    return 8 * plan.tensor_bytes / max(plan.n_weights, 1)
+
+
+def file_bytes(plan: Plan, metadata: Metadata) -> int:
+    """Return the exact size of the one file that holds this metadata and the planned tensors."""
+    return plan_layout(metadata, [(row.name, row.type, row.shape) for row in plan.rows]).total_bytes
+
+
+def file_bpw(plan: Plan, metadata: Metadata) -> float:
+    """Return 8 × the bytes of the whole file, header and padding included, over the number of weights."""
+    return 8 * file_bytes(plan, metadata) / max(plan.n_weights, 1)
+
+
+def nearest_label(plan: Plan) -> str:
+    """Return the name of the preset that `general.file_type` of the plan stands for."""
+    return next((preset.name for preset in PRESETS.values() if preset.file_type == plan.file_type), "MIXED")
+
+
+def summarize_fallbacks(plan: Plan) -> str | None:
+    """Return one line on what fallbacks cost and what would not need any; None when nothing fell back.
+
+    For example `181 of 211 tensors fall back: 4.94 instead of 4.51 bpw. Types that fit rows of 576: Q4_0, …`.
+    """
+    fallen = [row for row in plan.rows if row.wanted is not None]
+    if not fallen:
+        return None
+    n_bits_wanted = 8 * plan.tensor_bytes - sum(8 * row.n_bytes - FORMATS[row.wanted].bpw * row.n_weights for row in fallen if row.wanted is not None)
+    without = n_bits_wanted / plan.n_weights
+    n_candidates = sum(row.type not in FLOAT_TYPES or row.wanted is not None for row in plan.rows)
+    widths = ", ".join(str(n) for n in sorted({row.shape[-1] for row in fallen}))
+    fitting = [t.name for t in sorted(QUANTIZED_TYPES) if all(fits_row(t, row.shape[-1]) for row in fallen)]
+    return (
+        f"{len(fallen)} of {n_candidates} tensors fall back: {bits_per_weight(plan):.2f} instead of {without:.2f} bpw. "
+        f"Types that fit rows of {widths}: {', '.join(fitting) or 'F16, BF16, F32'}"
+    )
+
+
+# --- rules on top of the intent ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Override:
+    """`REGEX=TYPE`: gives `type` to the tensors in whose name `pattern` is found."""
+
+    pattern: str
+    type: GgmlType
+
+    def __str__(self) -> str:
+        return f"--tensor-type {self.pattern}={self.type.name}"
+
+
+def parse_overrides(texts: Iterable[str]) -> tuple[Override, ...]:
+    """Return the overrides of `--tensor-type REGEX=TYPE …` in their order.
+
+    A pattern is searched in the name with Python's `re`, unanchored, as llama-quantize does with std::regex: write
+    `^blk\\.3\\.ffn_down\\.weight$` to mean one tensor. The FIRST match wins, as in llama-quantize. Raises UsageError
+    for a text without `=`, an empty or bad pattern, an unknown type, or a pattern given twice.
+    """
+    overrides: list[Override] = []
+    for text in texts:
+        pattern, equals, type_name = text.rpartition("=")
+        if not equals or not pattern or not type_name:
+            raise UsageError(f"--tensor-type: got {text[:80]!r}, expected REGEX=TYPE such as attn_v=Q6_K")
+        check_regex(pattern, "--tensor-type")
+        if any(pattern == other.pattern for other in overrides):
+            raise UsageError(f"--tensor-type: got the pattern {pattern[:80]!r} twice, expected each once (the first match wins). Remove one")
+        try:
+            overrides.append(Override(pattern, parse_type(type_name)))
+        except UsageError as error:
+            raise UsageError(f"--tensor-type {text[:80]}: {error}") from None
+    return tuple(overrides)
+
+
+@dataclass(frozen=True)
+class TypeRules:
+    """What the user asks for on top of a preset or a profile, under llama-quantize's names."""
+
+    overrides: tuple[Override, ...] = ()
+    output_type: GgmlType | None = None
+    token_embedding_type: GgmlType | None = None
+    pure: bool = False
+    leave_output: bool = False
+    allow_requantize: bool = False
+
+
+_Choice = tuple[GgmlType, str]  # a type and the reason for it
+
+
+def _first_match(overrides: Sequence[Override], name: str) -> Override | None:
+    return next((override for override in overrides if re.search(override.pattern, name)), None)
+
+
+def _forced_type(rules: TypeRules, name: str, is_tied: bool) -> _Choice | None:
+    """What `--token-embedding-type` and `--output-tensor-type` say about this tensor."""
+    override = _first_match(rules.overrides, name)
+    is_named = override is not None and name == "per_layer_token_embd.weight"  # a large table of its own: a pattern wins there
+    if rules.token_embedding_type is not None and is_embedding(name) and not is_named:
+        return rules.token_embedding_type, "--token-embedding-type"
+    if rules.output_type is None:
+        return None
+    is_tied_head = is_tied and is_embedding(name) and override is None and not rules.pure
+    return (rules.output_type, "--output-tensor-type") if name == OUTPUT or is_tied_head else None
+
+
+def _pin(rules: TypeRules, name: str, is_tied: bool) -> _Choice | None:
+    """What the user asked for this very tensor, in llama-quantize's order; None leaves it to the intent."""
+    forced = _forced_type(rules, name, is_tied)
+    override = _first_match(rules.overrides, name)
+    return forced or ((override.type, str(override)) if override is not None else None)
+
+
+def _refuse_contradictions(rules: TypeRules, names: Sequence[str]) -> None:
+    is_tied = OUTPUT not in names
+    if rules.leave_output and rules.output_type is not None:
+        raise UsageError("--leave-output-tensor and --output-tensor-type contradict each other: give one of them")
+    if rules.leave_output and is_tied:
+        raise UsageError(f"--leave-output-tensor: the model has no {OUTPUT}, its token embeddings are the output: use --token-embedding-type BF16 instead")
+
+
+def _refuse_idle(rules: TypeRules, pins: Mapping[str, _Choice], names: Sequence[str], kept: Mapping[str, str]) -> None:
+    """Raise UsageError for a wish that no tensor fulfils: silently ignoring it would make another file than asked for."""
+    in_effect = {reason for _, reason in pins.values()}
+    for override in rules.overrides:
+        if str(override) in in_effect:
+            continue
+        matching = [name for name in names if re.search(override.pattern, name)]
+        if not matching:
+            raise UsageError(f"{override}: the pattern matches no tensor of the model. Names are like blk.0.attn_v.weight; --dry-run lists them")
+        unkept = [name for name in matching if name not in kept]
+        why = f"an option given before decides about {unkept[0]}: {pins[unkept[0]][1]}" if unkept else f"{matching[0]} is never quantized ({kept[matching[0]]})"
+        raise UsageError(f"{override}: the pattern changes no tensor, for {why}. Remove it or change its pattern")
+    flags = {"--output-tensor-type": rules.output_type, "--token-embedding-type": rules.token_embedding_type}
+    for flag, ggml_type in flags.items():
+        if ggml_type is not None and flag not in in_effect:
+            raise UsageError(f"{flag} {ggml_type.name}: no tensor of the model takes it (tied embeddings, or another option decides). Remove it")
+
+
+# --- putting rows together --------------------------------------------------------------------------------------------
+
+
+def _heeds_importance(ggml_type: GgmlType) -> bool:
+    return ggml_type in QUANTIZED_TYPES and ggml_type not in IMATRIX_IGNORED
+
+
+def _kept_type(tensor: Tensor) -> GgmlType:
+    """A tensor that is not quantized stays as it is, but half-precision norms and the like become F32, which loses nothing."""
+    return GgmlType.F32 if tensor.type in FLOAT_TYPES and _is_always_f32(tensor.name, tensor.shape) else tensor.type
+
+
+def _row(tensor: Tensor, choice: _Choice, has_importance: HasImportance | None) -> PlanRow:
+    wanted, reason = choice
+    try:
+        ggml_type = fallback_type(wanted, tensor.n_in)
+    except UsageError as error:
+        raise UsageError(f"tensor {tensor.name}: {error}") from None
+    has_data = has_importance is not None and has_importance(tensor.name)
+    return PlanRow(
+        name=tensor.name,
+        shape=tensor.shape,
+        source_type=tensor.type,
+        type=ggml_type,
+        n_bytes=tensor_bytes(ggml_type, tensor.shape),
+        reason=reason,
+        fallback="" if ggml_type is wanted else f"rows of {tensor.n_in} are no multiple of {FORMATS[wanted].block}, as {wanted.name} needs",
+        uses_imatrix=has_data and ggml_type is not tensor.type and _heeds_importance(ggml_type),
+        wanted=None if ggml_type is wanted else wanted,
+    )
+
+
+def _named(rows: Sequence[PlanRow]) -> str:
+    names = ", ".join(f"{row.name} ({row.type.name})" for row in rows[:MAX_NAMED])
+    return names + (f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else "")
+
+
+def _refuse_unmeetable(plan: Plan, *, allow_requantize: bool, preset_name: str = "") -> Plan:
+    """Return the plan if every row can be encoded; else raise UsageError naming the tensors and the way out."""
+    encoded = [row for row in plan.rows if row.is_encoded]
+    again = [row for row in encoded if row.source_type in QUANTIZED_TYPES]
+    if again and not allow_requantize:
+        raise UsageError(
+            f"the source is already quantized: {again[0].name} is {again[0].source_type.name}, and {len(again)} tensors would be quantized again. "
+            f"Start from an F16, BF16 or F32 model, or pass --allow-requantize and accept the loss"
+        )
+    blind = [row for row in encoded if not row.uses_imatrix and requires_imatrix(row.name, row.type, preset_name)]
+    if blind:
+        remedy = "run without --no-imatrix, give an --imatrix that covers them, or choose other types (--tensor-type)"
+        raise UsageError(f"{_named(blind)} cannot be encoded without imatrix data: {remedy}")
+    return plan
+
+
+def _plan(
+    intent: str,
+    file_type: int,
+    tensors: Sequence[Tensor],
+    rules: TypeRules,
+    has_importance: HasImportance | None,
+    choose_rest: Callable[[Mapping[str, str], Mapping[str, _Choice]], Mapping[str, _Choice]],
+    architecture: str,
+    preset_name: str = "",
+) -> Plan:
+    """Settle what is kept and what is pinned, let `choose_rest(kept, pins)` choose the types of all others, make the rows."""
+    names = [tensor.name for tensor in tensors]
+    _refuse_contradictions(rules, names)
+    kept = {
+        tensor.name: why
+        for tensor in tensors
+        if (why := "integers" if tensor.type in INTEGER_TYPES else why_kept(tensor.name, tensor.shape, architecture, leave_output=rules.leave_output))
+    }
+    wishes = {name: _pin(rules, name, OUTPUT not in names) for name in names if name not in kept}
+    pins = {name: pin for name, pin in wishes.items() if pin is not None}
+    _refuse_idle(rules, pins, names, kept)
+    choices = {**choose_rest(kept, pins), **pins, **{t.name: (_kept_type(t), f"kept: {kept[t.name]}") for t in tensors if t.name in kept}}
+    plan = Plan(intent, file_type, tuple(_row(tensor, choices[tensor.name], has_importance) for tensor in tensors))
+    return _refuse_unmeetable(plan, allow_requantize=rules.allow_requantize, preset_name=preset_name)
+
+
+# --- the three intents ------------------------------------------------------------------------------------------------
+
+
+def plan_preset(
+    tensors: Sequence[Tensor], metadata: Metadata, preset: Preset | str, rules: TypeRules | None = None, has_importance: HasImportance | None = None
+) -> Plan:
+    """Return what llama-quantize would make of the model under a preset, tensor by tensor.
+
+    tensors: in file order, by layer and then name (which the mixtures count by). has_importance: tells whether imatrix
+    data exist for a tensor; None when there is no imatrix at all, which some presets answer with larger types.
+    Differs from llama-quantize only where that ignores a wish in silence: under F16, BF16 and F32 overrides apply here,
+    so does `output_type` to tied embeddings, and an option that changes nothing is refused; and half-precision norms
+    become F32. Raises UsageError for anything that cannot be met.
+    """
+    preset = find_preset(preset) if isinstance(preset, str) else preset
+    rules = rules or TypeRules()
+    facts = read_facts(metadata)
+
+    def choose_rest(kept: Mapping[str, str], pins: Mapping[str, _Choice]) -> Mapping[str, _Choice]:
+        reason = f"preset {preset.name}" + (" --pure" if rules.pure else "")
+        rest = [tensor.name for tensor in tensors if tensor.name not in kept and tensor.name not in pins]
+        if rules.pure:
+            return dict.fromkeys(rest, (preset.default, reason))
+        shapes = [(tensor.name, tensor.shape) for tensor in tensors]
+        types = choose_types(facts, preset, shapes, has_imatrix=has_importance is not None, pinned={*kept, *pins})
+        return {name: (types[name], reason) for name in rest}
+
+    intent = _intent(f"preset {preset.name}", rules)
+    return _plan(intent, preset.file_type, tensors, rules, has_importance, choose_rest, facts.architecture, preset.name)
+
+
+def plan_profile(
+    tensors: Sequence[Tensor], metadata: Metadata, profile: Profile, rules: TypeRules | None = None, has_importance: HasImportance | None = None
+) -> Plan:
+    """Return the plan of a profile: the first rule that applies decides, else the default; overrides win over both.
+
+    Arguments as for `plan_preset`. Raises UsageError for anything that cannot be met, `--pure` among it.
+    """
+    rules = rules or TypeRules()
+    if rules.pure:
+        raise UsageError(f"--pure makes all tensors of one type, profile {profile.name} mixes them: use --quant-type with --pure, or leave one out")
+    facts = read_facts(metadata)
+    is_tied = all(tensor.name != OUTPUT for tensor in tensors)
+
+    def choose(name: str) -> _Choice:
+        for number, rule in enumerate(profile.rules, 1):
+            if rule.applies(name, facts.n_layer, is_tied=is_tied):
+                return rule.type, f"profile {profile.name}, rule {number}: {rule}"
+        return profile.default, f"profile {profile.name}, default"
+
+    def choose_rest(kept: Mapping[str, str], pins: Mapping[str, _Choice]) -> Mapping[str, _Choice]:
+        return {tensor.name: choose(tensor.name) for tensor in tensors if tensor.name not in kept and tensor.name not in pins}
+
+    return _plan(_intent(f"profile {profile.name}", rules), profile.file_type, tensors, rules, has_importance, choose_rest, facts.architecture)
+
+
+def _intent(base: str, rules: TypeRules) -> str:
+    """Return the intent in the words of the command line."""
+    parts = [base, *(str(override) for override in rules.overrides)]
+    for flag, value in (("--output-tensor-type", rules.output_type), ("--token-embedding-type", rules.token_embedding_type)):
+        parts += [f"{flag} {value.name}"] if value is not None else []
+    return " ".join([*parts, *(["--pure"] if rules.pure else []), *(["--leave-output-tensor"] if rules.leave_output else [])])
+
+
+# --- plain conversion -------------------------------------------------------------------------------------------------
+
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+_F32_KINDS = frozenset(
+    (
+        *("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v"),
+        *("shortconv.conv", "time_mix_first", "time_mix_w1", "time_mix_w2", "time_mix_decay_w1", "time_mix_decay_w2", "time_mix_lerp_fused"),
+        *("posnet.norm1", "v.position_embd", "a.position_embd", "altup_correct_coef", "altup_predict_coef", "indexer.proj"),
+    )
+)
+
+
+def _is_always_f32(name: str, shape: Shape) -> bool:
+    """Tell whether llama.cpp's converter stores this tensor in F32 whatever the outtype: vectors, norms, biases, routers."""
+    return len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") or tensor_role(name).kind in _F32_KINDS
+
+
+def _outtype(tensors: Iterable[Tensor], outtype: str) -> GgmlType:
+    """Return the type an outtype stands for; `auto`: that of the first half-precision matrix, else F16."""
+    lower = outtype.lower()
+    if lower not in OUTTYPES:
+        raise UsageError(f"unknown outtype: got {outtype!r}, expected one of {', '.join(OUTTYPES)}; for other types use `quantize --quant-type`")
+    if lower != "auto":
+        return GgmlType[lower.upper()]
+    halves = (tensor.type for tensor in tensors if len(tensor.shape) > 1 and tensor.type in (GgmlType.F16, GgmlType.BF16))
+    return next(halves, GgmlType.F16)
+
+
+def plan_conversion(tensors: Sequence[Tensor], metadata: Metadata, outtype: str = "auto", *, allow_requantize: bool = False) -> Plan:
+    """Return the plan of llama.cpp's converter: matrices in the outtype, vectors, norms and routers in F32.
+
+    outtype: f32, f16, bf16, q8_0, or auto (as the weights are stored; F16 when they are F32, as upstream). `metadata`
+    is not looked at. Raises UsageError for another outtype or a source that is quantized already.
+    """
+    target = _outtype(tensors, outtype)
+
+    def choose(tensor: Tensor) -> _Choice:
+        if tensor.type in INTEGER_TYPES:
+            return tensor.type, "kept: integers"
+        if _is_always_f32(tensor.name, tensor.shape):
+            return GgmlType.F32, "always F32"
+        return target, f"outtype {outtype.lower()}"
+
+    rows = tuple(_row(tensor, choose(tensor), None) for tensor in tensors)
+    return _refuse_unmeetable(Plan(f"outtype {target.name}", PRESETS[target.name].file_type, rows), allow_requantize=allow_requantize)

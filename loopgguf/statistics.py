@@ -1,31 +1,362 @@
-"""imatrix: collect, load, check coverage, save. STUB: dataclasses only for now."""
+"""imatrix: sum up what calibration shows, load, merge, check against a model, save.
+
+`ColumnSums` takes the activations that `activations.py` shows it; `Statistics` is the result by GGUF tensor name.
+Reads llama.cpp's GGUF imatrix and the legacy .dat, told apart by content; writes the GGUF form. Runs no model.
+Sources: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp, tools/quantize/quantize.cpp (`load_imatrix`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_gguf
+from loopgguf.errors import InputError
+from loopgguf.formats import GgmlType
+
+FloatArray = NDArray[np.float32]
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+MAX_WEIGHT_NAME_BYTES = MAX_NAME_BYTES - len(SUMS)
+# of a matrix's median positive importance: below this a whole block would be encoded as zeros (ggml-quants.c divides
+# by sums of importances); the median, not the mean, because one massive activation can be 10⁶ times its neighbours
+FLOOR = np.float32(1e-6)
+# the input embedding is looked up, not multiplied: no column of it is ever seen, and a tied head goes by its name
+NEVER_COLLECTED = "token_embd.weight"
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Σx² per input column of one weight: sum_squares (n_matrices, n_in), counts (n_matrices,) of token rows, float32."""
+    """Σx² per input column of one weight: sum_squares (n_matrices, n_in), counts (n_matrices,) of token rows, float32.
 
-    sum_squares: NDArray[np.float32]
-    counts: NDArray[np.float32]
+    A file that keeps one count for several matrices (legacy .dat) gives one row of n_matrices · n_in, which
+    `check_coverage` splits.
+    """
+
+    sum_squares: FloatArray
+    counts: FloatArray
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration text says about the inputs of each weight, by GGUF tensor name."""
+    """What calibration text says about the inputs of each weight, by GGUF tensor name.
+
+    `chunk_size` is in tokens; 0 for a legacy .dat, whose counts are chunks instead of tokens.
+    """
 
     columns: Mapping[str, Columns]
     datasets: tuple[str, ...]
     n_chunks: int
     chunk_size: int
 
-    def importance(self, name: str) -> NDArray[np.float32] | None:
-        """Return mean x² per column, (n_matrices, n_in) float32, exactly as llama-quantize normalises it; None if unseen."""
-        raise NotImplementedError
+    def importance(self, name: str) -> FloatArray | None:
+        """Return mean x² per column, (n_matrices, n_in) float32, exactly as llama-quantize normalises it; None if unseen.
+
+        Matrices (experts) that saw no token get ones. Source: tools/quantize/quantize.cpp (`load_imatrix`), in float32 like there.
+        """
+        columns = self.columns.get(name)
+        if columns is None:
+            return None
+        counts = np.floor(columns.counts + np.float32(0.5)).astype(np.float32)[:, None]  # lround
+        return np.where(counts > 0, columns.sum_squares / np.maximum(counts, np.float32(1)), np.float32(1))
+
+
+class ColumnSums:
+    """An accumulator of Σx² per input column and of token counts, as llama-imatrix keeps them.
+
+    Each slab is summed in float32, the slabs in float64, so the result hardly depends on how tokens were grouped.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[int, NDArray[np.float64]]] = {}
+        self._counts: dict[str, dict[int, int]] = {}
+
+    def add(self, name: str, matrix: int | None, X: FloatArray) -> None:
+        """Add a slab X (n_tokens, n_in) float32 of inputs of matrix `matrix` (None: the only one) of weight `name`.
+
+        n_tokens may be 0: an expert that exists and was not reached. Raises InputError naming the weight and column
+        when an activation is not finite.
+        """
+        sums = self._sums.setdefault(name, {})
+        counts = self._counts.setdefault(name, {})
+        i = matrix or 0
+        with np.errstate(over="ignore", invalid="ignore"):  # reported right below
+            slab = np.einsum("ij,ij->j", X, X)
+        if not np.isfinite(slab).all():
+            column = int(np.flatnonzero(~np.isfinite(slab))[0])
+            raise InputError(f"activations of {name}: got a NaN or infinite input in column {column}, expected finite ones. The weights are damaged")
+        sums[i] = sums.get(i, 0.0) + slab.astype(np.float64)
+        counts[i] = counts.get(i, 0) + len(X)
+
+    def columns(self) -> dict[str, Columns]:
+        """Return what was summed so far, by weight, sorted by name."""
+        columns = {}
+        for name, sums in sorted(self._sums.items()):
+            assert sorted(sums) == list(range(len(sums))), (name, sorted(sums))
+            values = np.stack([sums[i] for i in range(len(sums))]).astype(np.float32)
+            columns[name] = Columns(values, np.array([self._counts[name][i] for i in range(len(sums))], np.float32))
+        return columns
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _checked(name: str, path: Path, sums: FloatArray, counts: FloatArray) -> Columns:
+    """Return flat sums and counts as Columns; raises InputError naming the weight for anything llama-quantize trips over."""
+    for what, values in (("sums of squares", sums), ("counts", counts)):
+        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+        if bad.size:
+            raise InputError(
+                f"{what} of {name} in {path}: got {values[bad[0]]} at index {bad[0]} and {bad.size} bad values in all, "
+                "expected finite ones from 0. Make the imatrix again"
+            )
+    if sums.size % counts.size:
+        raise InputError(f"shape of {name} in {path}: got {sums.size} sums for {counts.size} counts, expected a whole multiple. Make the imatrix again")
+    if not np.rint(counts).any():
+        raise InputError(f"counts of {name} in {path}: got 0 tokens, expected at least 1. Make the imatrix again with more text")
+    return Columns(sums.reshape(counts.size, -1), counts)
+
+
+def load_imatrix(path: Path) -> Statistics:
+    """Return the statistics in an imatrix file, GGUF or legacy .dat, told apart by content.
+
+    Raises InputError naming file and weight for a missing key, a tensor without its partner, a type other than F32, a
+    value that is NaN, infinite or negative, a wrong shape, a weight without any token, or a truncated file.
+    """
+    try:
+        return _load_gguf(path) if is_gguf(path) else _load_legacy(path)
+    except OSError as error:
+        raise InputError(f"cannot read imatrix {path}: {error.strerror}. Check the path and its permissions") from error
+
+
+def _refuse_key(path: Path, key: str, got: object, expected: str) -> NoReturn:
+    raise InputError(f"{key} in {path}: got {got}, expected {expected}. This is no imatrix of llama.cpp; make one with `loopgguf imatrix`")
+
+
+def _read_count(file: GgufFile, key: str) -> int:
+    value = file.metadata.get(key)
+    if value is None or value.type is not ValueType.UINT32 or not isinstance(value.data, int):
+        _refuse_key(file.path, key, "nothing" if value is None else value.type.name, "a UINT32")
+    return value.data
+
+
+def _read_datasets(file: GgufFile) -> tuple[str, ...]:
+    value = file.metadata.get(DATASETS)
+    if value is None or value.item_type is not ValueType.STRING or not isinstance(value.data, list):
+        _refuse_key(file.path, DATASETS, "nothing" if value is None else value.type.name, "an array of strings")
+    return tuple(str(item) for item in value.data)
+
+
+def _read_values(file: GgufFile, info: TensorInfo) -> FloatArray:
+    if info.type is not GgmlType.F32:
+        raise InputError(f"type of {info.name} in {file.path}: got {info.type.name}, expected F32. Make the imatrix again")
+    with file.path.open("rb") as stream:
+        stream.seek(info.offset)
+        return np.fromfile(stream, "<f4", info.n_bytes // 4).astype(np.float32, copy=False)
+
+
+def _load_gguf(path: Path) -> Statistics:
+    file = read_gguf(path)
+    kind = file.metadata.get("general.type")
+    if kind is not None and kind.data != "imatrix":
+        _refuse_key(path, "general.type", repr(kind.data), "'imatrix'")
+    datasets, n_chunks, chunk_size = _read_datasets(file), _read_count(file, CHUNK_COUNT), _read_count(file, CHUNK_SIZE)
+    infos = {info.name: info for info in file.tensors}
+    names = sorted({name.removesuffix(suffix) for name in infos for suffix in (SUMS, COUNTS) if name.endswith(suffix)})
+    if not names:
+        raise InputError(f"tensors of {path}: got no {SUMS} among {len(infos)}, expected an imatrix. Make one with `loopgguf imatrix`")
+    columns = {}
+    for name in names:
+        missing = [name + suffix for suffix in (SUMS, COUNTS) if name + suffix not in infos]
+        if missing:
+            raise InputError(f"tensors of {name} in {path}: got no {missing[0]}, expected {SUMS} and {COUNTS} together. Make the imatrix again")
+        columns[name] = _checked(name, path, _read_values(file, infos[name + SUMS]), _read_values(file, infos[name + COUNTS]))
+    return Statistics(columns, datasets, n_chunks, chunk_size)
+
+
+class _Legacy:
+    """Reads a .dat front to back; every length is checked against the bytes that are left."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.data, self.position = path, path.read_bytes(), 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.position
+
+    def refuse(self, field: str, got: object, expected: str) -> NoReturn:
+        raise InputError(
+            f"malformed imatrix: {field} in {self.path} at byte {self.position}: got {got}, expected {expected}. It is no GGUF and no whole legacy imatrix"
+        )
+
+    def take(self, n_bytes: int, field: str) -> bytes:
+        if n_bytes > self.left:
+            self.refuse(field, f"a need of {n_bytes} bytes", f"at most the {self.left} bytes left in the file")
+        self.position += n_bytes
+        return self.data[self.position - n_bytes : self.position]
+
+    def number(self, field: str, least: int, most: int) -> int:
+        value = int(struct.unpack("<i", self.take(4, field))[0])
+        if not least <= value <= most:
+            self.refuse(field, value, f"{least} to {most}")
+        return value
+
+    def text(self, field: str, least: int, most: int) -> str:
+        raw = self.take(self.number(f"length of {field}", least, most), field)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self.refuse(field, repr(raw[:40]), "UTF-8")
+
+    def entry(self, i: int) -> tuple[str, Columns]:
+        name = self.text(f"name of entry {i}", 1, MAX_WEIGHT_NAME_BYTES)
+        n_calls = self.number(f"number of calls of {name}", 1, 2**31 - 1)
+        n_values = self.number(f"number of values of {name}", 1, max(1, self.left // 4))
+        values = np.frombuffer(self.take(4 * n_values, f"values of {name}"), "<f4").astype(np.float32)
+        return name, _checked(name, self.path, values, np.array([n_calls], np.float32))
+
+
+def _load_legacy(path: Path) -> Statistics:
+    """Return the legacy form: values are mean x² · calls, counts are calls (imatrix-loader.cpp)."""
+    cursor = _Legacy(path)
+    if cursor.data.startswith(LFS_POINTER):
+        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
+    columns: dict[str, Columns] = {}
+    for i in range(cursor.number("number of entries", 1, max(1, cursor.left // 17))):
+        name, entry = cursor.entry(i)
+        if name in columns:
+            cursor.refuse(f"entry {i}", f"{name} twice", "each name once")
+        columns[name] = entry
+    n_chunks, datasets = 0, ""
+    if cursor.left:
+        n_chunks = cursor.number("number of chunks", 0, 2**31 - 1)
+    if cursor.left:
+        datasets = cursor.text("data set", 0, cursor.left)
+    if cursor.left:
+        cursor.refuse("end of file", f"{cursor.left} bytes more", "none")
+    return Statistics(columns, (datasets,) if datasets else (), n_chunks, 0)
+
+
+def save_imatrix(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
+    """Write the statistics as llama.cpp's GGUF imatrix: the same statistics, the same bytes.
+
+    Raises OutputError when the file exists and may not be overwritten, or cannot be written.
+    """
+    metadata = {
+        "general.type": string("imatrix"),
+        DATASETS: array(ValueType.STRING, statistics.datasets),
+        CHUNK_COUNT: uint32(statistics.n_chunks),
+        CHUNK_SIZE: uint32(statistics.chunk_size),
+    }
+    tensors: list[tuple[str, GgmlType, NDArray[np.float32]]] = []
+    for name, columns in sorted(statistics.columns.items()):
+        tensors.append((name + SUMS, GgmlType.F32, columns.sum_squares.astype("<f4", copy=False)))
+        tensors.append((name + COUNTS, GgmlType.F32, columns.counts.astype("<f4", copy=False)[:, None]))
+    write_gguf(path, metadata, tensors, overwrite=overwrite)
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+
+def _in_tokens(part: Statistics, chunk_size: int) -> Mapping[str, Columns]:
+    """Return the columns with counts in tokens: a legacy file counts chunks of an unknown size, taken as `chunk_size`."""
+    if part.chunk_size or not chunk_size:
+        return part.columns
+    factor = np.float32(chunk_size)
+    return {name: Columns(c.sum_squares * factor, c.counts * factor) for name, c in part.columns.items()}
+
+
+def _merge_columns(name: str, parts: Sequence[Columns]) -> Columns:
+    n_matrices = max(part.counts.size for part in parts)
+    if len({part.sum_squares.size for part in parts}) > 1 or any(part.counts.size not in (1, n_matrices) for part in parts):
+        shapes = " and ".join(str(part.sum_squares.shape) for part in parts)
+        raise InputError(f"columns of {name}: got {shapes}, expected the same in every imatrix. They are of different models")
+    sums = sum(part.sum_squares.reshape(n_matrices, -1).astype(np.float64) for part in parts)
+    counts = sum(np.broadcast_to(part.counts, n_matrices).astype(np.float64) for part in parts)
+    return Columns(np.asarray(sums, np.float32), np.asarray(counts, np.float32))
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """Return the statistics of all parts together: sums and counts added, data sets listed in order.
+
+    Raises InputError naming the weight when the parts are of different models.
+    """
+    assert parts
+    chunk_size = next((part.chunk_size for part in parts if part.chunk_size), 0)
+    columns = [_in_tokens(part, chunk_size) for part in parts]
+    names = sorted({name for part in columns for name in part})
+    merged = {name: _merge_columns(name, [part[name] for part in columns if name in part]) for name in names}
+    return Statistics(merged, tuple(d for part in parts for d in part.datasets), sum(part.n_chunks for part in parts), chunk_size)
+
+
+class Weight(Protocol):
+    """What is needed of a tensor; `source.Tensor` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How an imatrix fits a model: the statistics of its weights, shaped like them; the weights (two or more dimensions)
+    that have none; the names in the imatrix that the model has no weight for."""
+
+    statistics: Statistics
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def check_coverage(statistics: Statistics, tensors: Iterable[Weight]) -> Coverage:
+    """Return which of the model's weights the imatrix covers, and the statistics with one row per matrix of each.
+
+    Raises InputError naming the weight when the imatrix is of another model: a wrong number of columns or of experts,
+    or not one name in common.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in tensors if len(tensor.shape) > 1}
+    # llama-quantize does not use the imatrix for the embedding, whatever it has there
+    covered = {name: c for name, c in statistics.columns.items() if name in shapes and name != NEVER_COLLECTED}
+    unused = tuple(sorted(set(statistics.columns) - set(covered)))
+    if not covered:
+        raise InputError(
+            f"imatrix of another model: got statistics of {', '.join(unused[:1]) or 'nothing'}, expected at least one of the model's {len(shapes)} weights. "
+            "Make an imatrix of this model"
+        )
+    columns = {name: _shaped(name, c, shapes[name]) for name, c in covered.items()}
+    return Coverage(replace(statistics, columns=columns), tuple(name for name in shapes if name not in covered), unused)
+
+
+def _shaped(name: str, columns: Columns, shape: tuple[int, ...]) -> Columns:
+    n_matrices, n_in = math.prod(shape[:-2]), shape[-1]
+    if columns.counts.size not in (1, n_matrices):
+        raise InputError(f"imatrix of another model: {name}: got {columns.counts.size} experts, expected {n_matrices}. Make an imatrix of this model")
+    if columns.sum_squares.size != n_matrices * n_in:
+        got = columns.sum_squares.size / n_matrices
+        raise InputError(f"imatrix of another model: {name}: got {got:g} columns, expected {n_in}. Make an imatrix of this model")
+    return Columns(columns.sum_squares.reshape(n_matrices, n_in), np.broadcast_to(columns.counts, n_matrices))
+
+
+def sanitize_importance(values: FloatArray) -> tuple[FloatArray, int]:
+    """Return importances that are safe to encode with, and how many had to be raised.
+
+    values: (n_matrices, n_in) or (n_in,) float32, finite, ≥ 0. What is below 1e-6 of its matrix's median positive value
+    (zero above all: a block without any importance is encoded as zeros, ggml-quants.c) is raised to that; a matrix of
+    zeros becomes ones. Where nothing is raised the very array is returned, so that bytes equal llama-quantize's.
+    """
+    assert np.isfinite(values).all() and (values >= 0).all()
+    rows = values.reshape(-1, values.shape[-1])
+    floors = np.array([np.median(row[row > 0]) * FLOOR if row.any() else 1.0 for row in rows], np.float32)[:, None]
+    floors = np.maximum(floors, np.finfo(np.float32).tiny)
+    n_floored = int((rows < floors).sum())
+    if n_floored == 0:
+        return values, 0
+    return np.maximum(rows, floors).reshape(values.shape), n_floored

@@ -1,0 +1,348 @@
+"""The command line: parse → call → print → exit code. No logic; heavy imports inside commands, so `--help` is instant.
+
+Tables and results go to standard output, progress and notes to standard error. Exit codes: 0 done; 1 the result does
+not pass its checks; 2 the request cannot be met; 3 bad input; 4 the output cannot be written; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loopgguf import __version__
+from loopgguf.errors import LoopggufError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loopgguf.pipeline import WriteResult
+    from loopgguf.workflow import Settings
+
+app = typer.Typer(
+    name="loopgguf",
+    help="Turns a language model's checkpoint into the best GGUF of a given size, on an ordinary machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
+)
+
+
+class OutType(StrEnum):
+    """What `convert` writes; `auto` keeps the checkpoint's own type."""
+
+    AUTO = "auto"
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+
+
+_MODEL_HELP = "A Hugging Face folder (config.json, safetensors, tokenizer files) or an F32/F16/BF16 GGUF (the first shard of a split one)."
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+OutputOption = Annotated[
+    Path | None, typer.Option("-o", "--output", "--outfile", "--output-file", help="Output file; derived from the model's name when left out.")
+]
+TextOption = Annotated[
+    list[Path] | None, typer.Option("-f", "--file", help="Text file, UTF-8; may be given several times. Default: the text that ships with loopgguf.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("-t", "--threads", min=1, max=1024, help="CPU threads. Default: all.")]
+ContextOption = Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Tokens of a chunk.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace an existing output.")]
+PreTokenizerOption = Annotated[
+    str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
+]
+BufferOption = Annotated[str, typer.Option("--max-buffer-size", metavar="SIZE", help="Memory for rows in flight: MiB, or a size with a unit such as 64MiB.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Return a console that never folds a table's lines when the output is a file or a pipe."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+class _ProgressBars:
+    """One bar with an ETA per phase, on standard error; plain silence when that is no terminal."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self._bars = stack.enter_context(Progress(*columns, console=_console(stderr=True), transient=True))
+        self._task = self._bars.add_task("", total=None)
+        self._total = -1
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if total != self._total:  # a new phase starts its own clock
+            self._bars.remove_task(self._task)
+            self._task, self._total = self._bars.add_task(phase, total=total), total
+        self._bars.update(self._task, description=phase, completed=done)
+
+
+def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False, max_buffer: str = "", pre_tokenizer: str | None = None) -> Settings:
+    from loopgguf.formats import parse_size
+    from loopgguf.workflow import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
+
+    return Settings(
+        n_threads=threads or default_threads(),
+        max_buffer_bytes=parse_size(max_buffer, bare_unit_bytes=1 << 20) if max_buffer else DEFAULT_MAX_BUFFER_BYTES,
+        overwrite=overwrite,
+        pre_tokenizer=pre_tokenizer,
+        progress=_ProgressBars(stack),
+    )
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    console = _console(stderr=True)
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _print_json(value: object) -> None:
+    _console().print_json(json.dumps(value))
+
+
+def _print_written(result: WriteResult, *, verbose: bool) -> None:
+    from loopgguf import report
+
+    console = _console()
+    if verbose:
+        console.print(report.plan_table(result.plan))
+        console.print()
+    console.print(report.plan_types(result.plan))
+    console.print()
+    for line in report.written_lines(result):
+        console.print(line, markup=False)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def imatrix(
+    model: ModelArgument,
+    output: OutputOption = None,
+    file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    samples: Annotated[int, typer.Option("--samples", "--chunks", min=1, help="Chunks of calibration text to use at most.")] = 512,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Collect the output head's input too.")] = False,
+    parse_special: Annotated[bool, typer.Option("--parse-special", help="Read special tokens in the text as such.")] = False,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    pre_tokenizer: PreTokenizerOption = None,
+) -> None:
+    """Compute the importance matrix of MODEL on calibration text, as a file llama-quantize reads too."""
+    from loopgguf.workflow import ImatrixRequest, compute_imatrix
+
+    request = ImatrixRequest(tuple(file or ()), ctx_size, samples, process_output, parse_special)
+    with ExitStack() as stack:
+        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer))
+    _print_notes(result.notes)
+    run, console = result.run, _console()
+    console.print(
+        f"perplexity {run.perplexity:.4f} ± {run.standard_error:.4f} over {run.n_tokens:,} scored tokens of {', '.join(result.chunks.names)}", markup=False
+    )
+    console.print(f"wrote {result.path}: {len(result.statistics.columns)} tensors, {result.chunks.n_chunks} chunks of {ctx_size} tokens", markup=False)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: OutputOption = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="Name of a profile, or a YAML/JSON file. Default: balanced.")] = None,
+    quant_type: Annotated[
+        str | None, typer.Option("--quant-type", "--outtype", "--ftype", help="One of llama-quantize's presets instead, such as Q4_K_M.")
+    ] = None,
+    imatrix_file: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance matrix (GGUF or .dat). Default: made from the calibration text, or the one made before.")
+    ] = None,
+    no_imatrix: Annotated[bool, typer.Option("--no-imatrix", help="Quantize without an importance matrix.")] = False,
+    file: TextOption = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type of the tensors whose name matches; the first match wins. May be given several times."),
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="One type for all tensors of a preset.")] = False,
+    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")] = None,
+    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")] = False,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")] = False,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
+    max_buffer_size: BufferOption = "256",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    pre_tokenizer: PreTokenizerOption = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line per tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn MODEL into a quantized GGUF by a profile or a preset; verified before it gets its name."""
+    from loopgguf import report
+    from loopgguf.errors import UsageError
+    from loopgguf.formats import parse_type
+    from loopgguf.planner import TypeRules, parse_overrides
+    from loopgguf.workflow import DEFAULT_PROFILE, ImatrixRequest, QuantizeRequest
+    from loopgguf.workflow import quantize as run
+
+    if profile is not None and quant_type is not None:
+        raise UsageError(f"--profile {profile} and --quant-type {quant_type} contradict each other: give one of them")
+    if imatrix_file is not None and no_imatrix:
+        raise UsageError("--imatrix and --no-imatrix contradict each other: give one of them")
+    rules = TypeRules(
+        overrides=parse_overrides(tensor_type or ()),
+        output_type=parse_type(output_tensor_type) if output_tensor_type else None,
+        token_embedding_type=parse_type(token_embedding_type) if token_embedding_type else None,
+        pure=pure,
+        leave_output=leave_output_tensor,
+        allow_requantize=allow_requantize,
+    )
+    request = QuantizeRequest(
+        profile=profile or DEFAULT_PROFILE,
+        quant_type=quant_type,
+        rules=rules,
+        imatrix=imatrix_file,
+        use_imatrix=not no_imatrix,
+        calibration=ImatrixRequest(tuple(file or ())),
+        keep_split=keep_split,
+        dry_run=dry_run,
+    )
+    with ExitStack() as stack:
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer)
+        result = run(model, output, request, settings)
+    _print_notes(result.notes)
+    if as_json:
+        _print_json(report.written_json(result))
+    else:
+        _print_written(result, verbose=verbose or dry_run)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    output: OutputOption = None,
+    outtype: Annotated[OutType, typer.Option("--outtype", help="Type of the matrices; vectors and norms are F32.", case_sensitive=False)] = OutType.BF16,
+    max_buffer_size: BufferOption = "256",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    pre_tokenizer: PreTokenizerOption = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line per tensor.")] = False,
+) -> None:
+    """Turn a checkpoint folder into a full-precision (or Q8_0) GGUF, as llama.cpp's converter does."""
+    from loopgguf.workflow import convert as run
+
+    with ExitStack() as stack:
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer)
+        result = run(model, output, outtype.value, dry_run=dry_run, settings=settings)
+    _print_notes(result.notes)
+    _print_written(result, verbose=verbose or dry_run)
+
+
+@app.command()
+def evaluate(
+    candidate: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The GGUF to measure.")],
+    reference: Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")],
+    file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a GGUF against the model it was made from: perplexity, KLD and same top p on held-out text."""
+    from loopgguf import report
+    from loopgguf.workflow import evaluate as run
+
+    with ExitStack() as stack:
+        result = run(candidate, reference, tuple(file or ()), ctx_size=ctx_size, n_chunks=chunks, settings=_settings(stack, threads))
+    _print_notes(result.notes)
+    quality = result.quality
+    if as_json:
+        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality)})
+        return
+    scored = f"{quality.n_scored:,} scored tokens, {quality.n_chunks} chunks of {quality.n_ctx}, of {', '.join(result.chunks.names)}"
+    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {scored}"))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model (the first shard of a split one) or an imatrix.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print a line per tensor of a model.")] = False,
+) -> None:
+    """Show a GGUF or an imatrix: header, types with counts and bytes, bits per weight, statistics."""
+    from loopgguf import report
+
+    inspection, console = report.inspect_file(file), _console()
+    for gguf in inspection.files[:1]:
+        console.print(report.metadata_table(gguf))
+        console.print()
+    if inspection.statistics is not None:
+        console.print(report.statistics_table(inspection.statistics))
+        return
+    if tensors:
+        console.print(report.tensor_table(inspection.files))
+        console.print()
+    console.print(report.file_types(inspection.files))
+    console.print(f"{len(inspection.files)} file(s), {sum(f.size_bytes for f in inspection.files):,} bytes")
+
+
+@app.command()
+def profiles() -> None:
+    """List the profiles that ship with loopgguf."""
+    from loopgguf import report
+    from loopgguf.profile import load_profile, profile_names
+
+    result = report.table("profile", "what it is for")
+    for profile in map(load_profile, profile_names()):
+        result.add_row(profile.name, profile.description)
+    _console().print(result)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _console().print(f"loopgguf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and log messages.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    _State.debug = debug
+
+
+class _State:
+    """Whether `--debug` was given; the only thing that outlives parsing."""
+
+    debug = False
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit with its code; a failure of the user's input is one line on standard error."""
+    try:
+        app(arguments)
+    except LoopggufError as error:
+        if _State.debug:
+            raise
+        _console(stderr=True).print(f"error: {error}", markup=False)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

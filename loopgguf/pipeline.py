@@ -1,0 +1,209 @@
+"""Executes a Plan over a stream of tensors into part files: read, encode, check, write, slab by slab.
+
+A slab is a run of rows of one matrix. Each worker thread takes a slab the whole way (pread → float32 → encode →
+validate → pwrite at its planned offset), so memory is bounded by `n_threads` slabs whatever the size of a tensor or of
+the model, and the bytes do not depend on the number of threads: every ggml encoder treats each row by itself.
+Publishes nothing and decides nothing; the plan says what and the layout says where.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loopgguf import ggml
+from loopgguf.container import PartFile, TensorInfo
+from loopgguf.errors import InputError, QualityError
+from loopgguf.formats import FLOAT_TYPES, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, row_bytes
+from loopgguf.planner import Plan, PlanRow
+from loopgguf.source import Tensor
+from loopgguf.statistics import sanitize_importance
+
+Progress = Callable[[str, int, int], None]
+
+SLAB_WEIGHTS = 1 << 20  # enough work to hide Python's overhead, small enough that a slab stays in the caches
+SAMPLED_ROWS = 8  # of each encoded tensor, decoded again at once and after the file is reopened
+_BYTES_PER_WEIGHT = 12  # of a slab in flight: the source's bytes (≤ 4), float32 (4), the packed rows (≤ 4)
+
+
+@dataclass(frozen=True)
+class SampledError:
+    """‖w − ŵ‖² / ‖w‖² of rows start … stop of a tensor, against which the reopened file is checked."""
+
+    start: int
+    stop: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class TensorLog:
+    """What happened to one tensor: the error of its sampled rows (encoded tensors only), importances that were floored."""
+
+    sampled: SampledError | None = None
+    n_floored: int = 0
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """A published model (or, for a dry run, what it would be) and how it came about."""
+
+    plan: Plan
+    paths: tuple[Path, ...]
+    total_bytes: int
+    logs: Mapping[str, TensorLog]
+    seconds: Mapping[str, float]
+    sample_text: str
+    notes: tuple[str, ...]
+    is_dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor's way: where its rows come from, what the plan makes of them, and where they go."""
+
+    tensor: Tensor
+    row: PlanRow
+    part: PartFile
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class _Slab:
+    job: Job
+    start: int  # rows of the tensor seen as (n_rows, n_in)
+    stop: int
+    importance: ggml.FloatArray | None
+    sample: tuple[int, int] | None  # rows to decode again, inside this slab
+
+
+def slab_weights(max_buffer_bytes: int, n_threads: int) -> int:
+    """Return how many weights a slab may have so that `n_threads` slabs in flight fit in `max_buffer_bytes`."""
+    return min(SLAB_WEIGHTS, max(1, max_buffer_bytes // (n_threads * _BYTES_PER_WEIGHT)))
+
+
+def _slabs(job: Job, importance: ggml.FloatArray | None, n_weights: int) -> Iterator[_Slab]:
+    """Cut a tensor into slabs of at most `n_weights` (at least one row) that do not cross a matrix."""
+    tensor = job.tensor
+    step = max(1, n_weights // tensor.n_in)
+    rows_per_matrix = tensor.n_rows // tensor.n_matrices
+    middle = tensor.n_rows // 2
+    for matrix in range(tensor.n_matrices):
+        first = matrix * rows_per_matrix
+        vector = None if importance is None else importance[matrix]
+        for start in range(first, first + rows_per_matrix, step):
+            stop = min(start + step, first + rows_per_matrix)
+            sample = (middle, min(middle + SAMPLED_ROWS, stop)) if start <= middle < stop else None
+            yield _Slab(job, start, stop, vector, sample)
+
+
+def relative_error(rows: ggml.FloatArray, decoded: ggml.FloatArray) -> float:
+    """Return ‖rows − decoded‖² / ‖rows‖², 0 when both are zero."""
+    energy = float(np.square(rows, dtype=np.float64).sum())
+    return float(np.square(rows - decoded, dtype=np.float64).sum()) / energy if energy else float(np.abs(decoded).max() > 0)
+
+
+def _refuse_values(tensor: Tensor, ggml_type: GgmlType) -> None:
+    if ggml_type is GgmlType.F16:
+        raise InputError(f"tensor {tensor.name} holds a value beyond ±65504, which F16 cannot: use BF16 or a quantized type for it (--tensor-type)")
+    raise QualityError(
+        f"tensor {tensor.name} encoded as {ggml_type.name} holds a non-finite scale: its weights are too large; choose a higher type for it (--tensor-type)"
+    )
+
+
+def _run(slab: _Slab) -> SampledError | None:
+    """Take one slab from the source to the part file; return the error of the sampled rows if it holds them."""
+    job, target = slab.job, slab.job.row.type
+    tensor = job.tensor
+    raw = tensor.read_rows(slab.start, slab.stop)
+    if tensor.type not in INTEGER_TYPES and not ggml.rows_are_valid(tensor.type, raw):
+        raise InputError(f"tensor {tensor.name} holds NaN or infinity in rows {slab.start} to {slab.stop - 1}: the checkpoint is damaged; download it again")
+    offset = job.info.offset + slab.start * row_bytes(target, tensor.n_in)
+    if target is tensor.type:
+        job.part.write_at(offset, raw.data)
+        return None
+    rows = ggml.decode_rows(tensor.type, raw)
+    if target in QUANTIZED_TYPES and not ggml.rows_are_encodable(rows):
+        _refuse_values(tensor, target)
+    packed = ggml.encode_rows(target, rows, slab.importance)
+    if not ggml.rows_are_valid(target, packed):
+        _refuse_values(tensor, target)
+    job.part.write_at(offset, packed.data)
+    if slab.sample is None:
+        return None
+    start, stop = slab.sample
+    inside = slice(start - slab.start, stop - slab.start)
+    return SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside])))
+
+
+def _initialize_encoders(jobs: Iterable[Job]) -> None:
+    """Build the tables of the types about to be encoded, once and from one thread."""
+    for ggml_type in sorted({job.row.type for job in jobs if job.row.type is not job.tensor.type} - FLOAT_TYPES):
+        ggml.initialize(ggml_type)
+
+
+def execute(
+    jobs: list[Job],
+    importances: Callable[[str], ggml.FloatArray | None],
+    *,
+    n_threads: int,
+    max_buffer_bytes: int,
+    progress: Progress | None = None,
+) -> Mapping[str, TensorLog]:
+    """Encode and write every tensor of `jobs`, and return the log of each by name.
+
+    importances: name → mean squared activations (n_matrices, n_in) float32, or None; asked for rows that the plan
+    encodes with an imatrix. Raises InputError for NaN or infinite weights and values that F16 cannot hold,
+    QualityError for non-finite block scales, OutputError when the disk is full; the first error stops the work.
+    """
+    _initialize_encoders(jobs)
+    logs: dict[str, TensorLog] = {job.row.name: TensorLog() for job in jobs}
+    left: Counter[str] = Counter()
+    n_done = 0
+
+    def slabs() -> Iterator[_Slab]:
+        for job in jobs:
+            importance = importances(job.row.name) if job.row.uses_imatrix else None
+            if importance is not None:
+                importance, n_floored = sanitize_importance(importance)
+                logs[job.row.name] = TensorLog(n_floored=n_floored)
+            cut = list(_slabs(job, importance, slab_weights(max_buffer_bytes, n_threads)))
+            left[job.row.name] = len(cut)
+            yield from cut
+
+    def finish(slab: _Slab, sampled: SampledError | None) -> None:
+        nonlocal n_done
+        name = slab.job.row.name
+        if sampled is not None:
+            logs[name] = replace(logs[name], sampled=sampled)
+        left[name] -= 1
+        if left[name] == 0:
+            n_done += 1
+            if progress is not None:
+                progress(name, n_done, len(jobs))
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        _drive(pool, slabs(), finish, depth=2 * n_threads)
+    return logs
+
+
+def _drive(pool: ThreadPoolExecutor, slabs: Iterator[_Slab], finish: Callable[[_Slab, SampledError | None], None], depth: int) -> None:
+    """Keep `depth` slabs in flight until all are done; on an error, start nothing more and raise it."""
+    running: dict[Future[SampledError | None], _Slab] = {}
+    try:
+        while True:
+            for slab in itertools.islice(slabs, depth - len(running)):
+                running[pool.submit(_run, slab)] = slab
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                finish(running.pop(future), future.result())
+    finally:
+        for future in running:
+            future.cancel()

@@ -1,0 +1,1023 @@
+"""Tokenizer files of a checkpoint folder → the tokenizer.* keys of a GGUF, and the proof that llama.cpp reads them the same.
+
+Three kinds are read, the first that fits: SentencePiece (`tokenizer.model` → model "llama"), byte-level BPE
+(`tokenizer.json` → "gpt2"), and BPE with byte fallback as converted from SentencePiece (`tokenizer.json` alone →
+"llama", with scores made from the merge ranks). Keys are those of llama.cpp's converter (conversion/base.py,
+gguf-py/gguf/vocab.py); the differences are wanted and small: the pre-tokenizer is told by the structure of
+tokenizer.json instead of by a hash of token ids, chat templates in files win over tokenizer_config.json as in
+transformers, and scores are never a constant (upstream's -1000 for every token makes llama.cpp merge from the left).
+
+`read_vocabulary` parses JSON and protobuf only, in bounded time and memory, and imports neither transformers nor torch.
+`prove_vocabulary` compares token ids of the `tokenizers` library (or of sentencepiece, where there is no
+tokenizer.json) with llama.cpp's in a child process with limits. Nothing in the folder is executed, templates neither.
+Not read: vocab.json with merges.txt, tekken.json, WordPiece and Unigram vocabularies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import string as characters
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TypeGuard, cast
+
+from loopgguf.container import Value, ValueType, array, boolean, read_gguf, string, uint32, write_gguf
+from loopgguf.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+JsonObject = dict[str, object]
+Encode = Callable[[str], list[int]]
+
+_MAX_FILE_BYTES = 256 << 20  # the largest published tokenizer.json is 35 MB
+_SPACE = "▁"  # SentencePiece writes a space so
+_UNMERGED_SCORE = -1000.0  # of tokens outside the model, as upstream
+_OWN_FILES = "Use the tokenizer files of this very model, or resize its embedding to the tokenizer"
+_FILLER_SCORE = -10000.0
+_LLAMA_TYPES = ("llama", "mistral", "mixtral")  # what upstream's Llama converter handles
+_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask", "eot": "eot", "eom": "eom"}
+
+
+class TokenType(IntEnum):
+    """The kinds of tokens, numbered as in llama.h and in SentencePiece's protobuf."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer.* keys of a GGUF, and what the user should know about them, one line each."""
+
+    metadata: dict[str, Value]
+    notes: tuple[str, ...]
+
+
+# --- the pre-tokenizers llama.cpp knows -------------------------------------------------------------------------------
+
+_WORDS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST
+_WORDS_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _REST
+_WORDS_QWEN35 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _REST
+_WORDS_SEED = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + _REST
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}|" + r"[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}|"
+_WORDS_TEKKEN = _CASED.replace("{0}", "") + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _REST
+_WORDS_GPT4O = _CASED.replace("{0}", _CONTRACTIONS + "?") + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _REST
+_WORDS_BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_WORDS_DEEPSEEK3 = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|""" + _REST
+_LETTERS_DEEPSEEK = (
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼ"
+    r"ℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+)
+_HAN_DEEPSEEK = "[一-龥ࠀ-一가-퟿]+"
+_DIGIT = r"\p{N}"
+
+# The splits a text goes through, in order, as `_split_steps` spells them. One name for each behaviour: names that
+# llama.cpp treats alike (falcon3, pixtral, lfm2 as llama-bpe; llama4 as gpt-4o; deepseek-r1-qwen, megrez as qwen2;
+# refact, command-r, exaone as starcoder; mpt, olmo, phi-2 as gpt-2) are not repeated. Cf. src/llama-vocab.cpp.
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (_WORDS_LLAMA3,),
+    "qwen2": (_WORDS_QWEN2,),
+    "qwen35": (_WORDS_QWEN35,),
+    "gpt-2": (_WORDS_GPT2,),
+    "smollm": (_DIGIT, _WORDS_GPT2),
+    "tekken": (_WORDS_TEKKEN,),
+    "gpt-4o": (_WORDS_GPT4O,),
+    "bailingmoe": (_WORDS_BAILING,),
+    "seed-coder": (_WORDS_SEED,),
+    "deepseek-llm": (r"[\r\n]", _LETTERS_DEEPSEEK, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN_DEEPSEEK, r"\p{N}+"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_DEEPSEEK, _DIGIT),
+    "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _WORDS_DEEPSEEK3),
+}
+# same splits, but the other value of what tokenizer.json says: (merges are not skipped, spaces are cleaned up)
+_WITHOUT_IGNORE_MERGES = {"llama-bpe": "smaug-bpe"}
+_WITH_CLEAN_SPACES = {"smollm": "starcoder"}
+# llama.cpp prepends BOS for these unless the file says otherwise
+_SPM = "default"
+_ADDS_BOS = (_SPM, "llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "chameleon")
+# llama.cpp writes \p{M} out of the letters of these, so words of Indic scripts, Thai or vowel-pointed Hebrew fall apart
+_SPLITS_MARKS = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie")
+
+
+def _split_step(step: JsonObject) -> str:
+    kind = step.get("type")
+    if kind == "Split":
+        pattern = step.get("pattern")
+        regex = str(pattern.get("Regex", re.escape(str(pattern.get("String", ""))))) if isinstance(pattern, dict) else str(pattern)
+        regex = regex.replace("\r", r"\r").replace("\n", r"\n")
+        isolated = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))  # the same for regexes that match all
+        return regex if isolated else f"{step.get('behavior')}: {regex}"
+    if kind == "Digits":
+        return _DIGIT if step.get("individual_digits") else r"\p{N}+"
+    if kind == "ByteLevel":
+        prefix = "Prefix: space " if step.get("add_prefix_space") else ""
+        return (prefix + (_WORDS_GPT2 if step.get("use_regex", True) else "")).strip()
+    return json.dumps(step, sort_keys=True, ensure_ascii=False)
+
+
+def _steps(section: object, members: str) -> list[JsonObject]:
+    """Return the steps of a normalizer, pre_tokenizer or post_processor, sequences flattened."""
+    if not isinstance(section, dict):
+        return []
+    if section.get("type") != "Sequence":
+        return [section]
+    inner = section.get(members)
+    return [step for part in inner for step in _steps(part, members)] if isinstance(inner, list) else []
+
+
+def _split_steps(tokenizer: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(text for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers") if (text := _split_step(step)))
+
+
+def _likeness(known: tuple[str, ...], steps: tuple[str, ...]) -> float:
+    """Return how alike two pre-tokenizers are written, 0 to 1, by their first 600 characters."""
+    return difflib.SequenceMatcher(None, " ".join(known)[:600], " ".join(steps)[:600], autojunk=False).ratio()
+
+
+def find_pre_tokenizer(tokenizer: Mapping[str, object], *, clean_spaces: bool = False, path: Path = Path("tokenizer.json")) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json.
+
+    tokenizer: the parsed file; clean_spaces: what tokenizer_config.json says as clean_up_tokenization_spaces (it decides
+    between names that only decode differently). Raises InputError for a structure no known name stands for, naming the
+    nearest ones and `--pre-tokenizer`.
+    """
+    steps = _split_steps(tokenizer)
+    model = tokenizer.get("model")
+    ignore_merges = isinstance(model, dict) and bool(model.get("ignore_merges"))
+    for name, known in PRE_TOKENIZERS.items():
+        if steps == known:
+            name = name if ignore_merges else _WITHOUT_IGNORE_MERGES.get(name, name)
+            return _WITH_CLEAN_SPACES.get(name, name) if clean_spaces else name
+    digest = hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
+    nearest = ", ".join(sorted(PRE_TOKENIZERS, key=lambda name: -_likeness(PRE_TOKENIZERS[name], steps))[:3])
+    shown = json.dumps(steps, ensure_ascii=False)
+    raise InputError(
+        f"unknown pre-tokenizer in {path}: got a pre_tokenizer of structure {digest} ({shown[:120]}…), expected one that llama.cpp has a name for. "
+        f"Nearest known: {nearest}. Pass --pre-tokenizer NAME to choose one; the token ids are then compared all the same"
+    )
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Added:
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The parsed tokenizer files of a folder; empty where a file is missing. `merges` are taken out of `tokenizer`."""
+
+    folder: Path
+    tokenizer: JsonObject
+    merges: list[str]
+    config: JsonObject
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "tokenizer_config.json"
+
+
+def _wrong(path: Path, key: str, got: object, expected: str, remedy: str = "Download the tokenizer files again") -> InputError:
+    shown = got if isinstance(got, str) and len(got) < 200 else repr(got)[:80]
+    return InputError(f"wrong {key} in {path}: got {shown}, expected {expected}. {remedy}")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise _wrong(path, "size", f"{size} bytes", f"at most {_MAX_FILE_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _wrong(path, "text", f"byte {error.object[error.start]:#04x} at byte {error.start}", "UTF-8") from error
+
+
+def _parse_object(raw: bytes, path: Path) -> JsonObject:
+    try:
+        parsed = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _wrong(path, "text", f"byte {error.object[error.start]:#04x} at byte {error.start}", "UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {str(error)[:120]}. Download the tokenizer files again") from error
+    if not isinstance(parsed, dict):
+        raise _wrong(path, "content", parsed, "a JSON object")
+    return parsed
+
+
+def _read_object(path: Path) -> JsonObject:
+    return _parse_object(_read_bytes(path), path) if path.is_file() else {}
+
+
+_MERGES_KEY = re.compile(rb'"merges"\s*+:\s*+\[')
+_JSON_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_JSON_PAIR = rb"\[\s*+" + _JSON_STRING + rb"\s*+,\s*+" + _JSON_STRING + rb"\s*+\]"
+_MERGES_RUN = re.compile(rb"(?:\s*+(?:" + _JSON_STRING + rb"|" + _JSON_PAIR + rb")\s*+(?:,|(?=\]))){1,4096}+", re.DOTALL)
+_LIST_END = re.compile(rb"\s*+\]")
+
+
+def _merge_text(merge: object) -> str | None:
+    """Return a merge as 'left right', or None for one that is not two parts."""
+    if isinstance(merge, str):
+        left, _, right = merge.partition(" ")
+        return merge if left and right and " " not in right else None
+    left, right = cast("list[str]", merge)
+    if not left or not right:
+        return None
+    # GGUF keeps the form with one space, so a space inside a part is written as byte-level BPE writes it
+    return left.replace(" ", "Ġ") + " " + right.replace(" ", "Ġ")
+
+
+def _take_merges(raw: bytes, path: Path) -> tuple[bytes, list[str]]:
+    """Return the JSON text without the items of its "merges", and the merges as 'left right' strings.
+
+    Some thousand at a time: half a million merges as Python lists of pairs, decoded with the widest character of the
+    file, would take several hundred MB. An unescaped `"merges": [` cannot lie inside a JSON string, so the search is
+    exact.
+    """
+    keys = [match.end() for match in _MERGES_KEY.finditer(raw)]
+    if not keys:
+        return raw, []
+    if len(keys) > 1:
+        raise _wrong(path, "model.merges", f"the key {len(keys)} times", "one list")
+    position = keys[0]
+    merges: list[str] = []
+    while not _LIST_END.match(raw, position):
+        run = _MERGES_RUN.match(raw, position)
+        try:
+            items = json.loads(b"[" + run[0].removesuffix(b",") + b"]") if run else [""]
+        except ValueError as error:  # bad UTF-8 or a bad escape
+            raise _wrong(path, f"model.merges from item {len(merges)}", str(error)[:80], "UTF-8 and JSON") from error
+        for item in items:
+            merge = _merge_text(item)
+            if merge is None:
+                got = item or raw[position : position + 60].decode("utf-8", "replace").strip()
+                raise _wrong(path, f"model.merges[{len(merges)}]", repr(got), "'left right' or ['left', 'right']")
+            merges.append(merge)
+        assert run is not None
+        position = run.end()
+    return raw[: keys[0]] + raw[position:], merges
+
+
+def _main_file(folder: Path) -> Path:
+    """Return the file the vocabulary is read from: tokenizer.model where there is one, as upstream."""
+    model = folder / "tokenizer.model"
+    return model if model.is_file() else folder / "tokenizer.json"
+
+
+def _read_files(folder: Path) -> _Files:
+    path = folder / "tokenizer.json"
+    config = _read_object(folder / "tokenizer_config.json")
+    if not path.is_file():
+        return _Files(folder, {}, [], config)
+    rest, merges = _take_merges(_read_bytes(path), path)
+    return _Files(folder, _parse_object(rest, path), merges, config)
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _one_added(path: Path, key: str, token: object, item: object) -> tuple[int, _Added]:
+    if not isinstance(item, dict) or not isinstance(item.get("content"), str) or not _is_id(token):
+        raise _wrong(path, key, item, "an object with a token id and a text as content")
+    return token, _Added(str(item["content"]), bool(item.get("special")))
+
+
+def _config_added(files: _Files) -> dict[int, _Added]:
+    """Return added_tokens_decoder of tokenizer_config.json, by id."""
+    decoder = files.config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise _wrong(files.config_path, "added_tokens_decoder", decoder, "an object")
+    added: dict[int, _Added] = {}
+    for key, item in decoder.items():
+        number = int(key) if key.isdecimal() and len(key) < 10 else None
+        token, entry = _one_added(files.config_path, f"added_tokens_decoder[{key!r}]", number, item)
+        added[token] = entry
+    return added
+
+
+def _json_added(files: _Files) -> dict[int, _Added]:
+    """Return added_tokens of tokenizer.json, by id."""
+    items = files.tokenizer.get("added_tokens") or []
+    if not isinstance(items, list):
+        raise _wrong(files.tokenizer_path, "added_tokens", items, "a list")
+    added: dict[int, _Added] = {}
+    for i, item in enumerate(items):
+        token, entry = _one_added(files.tokenizer_path, f"added_tokens[{i}]", item.get("id") if isinstance(item, dict) else None, item)
+        if token in added:
+            raise _wrong(files.tokenizer_path, f"added_tokens[{i}]", f"id {token} twice ({added[token].text!r}, {entry.text!r})", "each id once")
+        added[token] = entry
+    return added
+
+
+def _special_text(files: _Files, name: str) -> str | None:
+    """Return the text that tokenizer_config.json gives for `bos_token` and the like."""
+    entry = files.config.get(f"{name}_token")
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+# --- tokens by id -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tokens:
+    """The vocabulary by id while it is filled in: text, TokenType and score of each row of the embedding; and whether
+    a text gets a space in front, as SentencePiece does unless told otherwise."""
+
+    texts: list[str]
+    types: list[int]
+    scores: list[float]
+    space_prefix: bool = True
+
+    @classmethod
+    def fillers(cls, n_vocab: int) -> _Tokens:
+        return cls([f"[PAD{i}]" for i in range(n_vocab)], [TokenType.UNUSED] * n_vocab, [_FILLER_SCORE] * n_vocab)
+
+    def put_added(self, token: int, added: _Added) -> None:
+        """Replace a row by an added token. llama.cpp takes these as already normalized."""
+        control = added.special or _looks_special(added.text)
+        self.texts[token] = added.text if control else added.text.replace(_SPACE, " ")
+        self.types[token] = TokenType.CONTROL if control else TokenType.USER_DEFINED
+        self.scores[token] = _UNMERGED_SCORE
+
+
+def _looks_special(text: str) -> bool:
+    """Tell whether a token that is not marked as special is used as one (command-r, deepseek-coder, gemma)."""
+    paired = any(text.startswith(a) and text.endswith(b) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
+    return paired or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+
+
+def _check_texts(tokens: _Tokens, path: Path) -> None:
+    """Refuse what makes llama.cpp abort the process: a text twice; and what GGUF cannot hold: half a surrogate pair."""
+    seen: dict[str, int] = {}
+    for token, text in enumerate(tokens.texts):
+        if seen.setdefault(text, token) != token:
+            raise _wrong(path, f"token {text!r}", f"the ids {seen[text]} and {token}", "each text once, for llama.cpp finds tokens by text")
+    try:
+        "".join(tokens.texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _wrong(path, "vocabulary", repr(error.object[error.start]), "text that UTF-8 can hold") from error
+
+
+def _read_model_vocab(files: _Files, n_vocab: int) -> _Tokens:
+    """Return the tokens of tokenizer.json's BPE model, added tokens laid over, fillers where no token is."""
+    path = files.tokenizer_path
+    model = files.tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or not vocab:
+        raise _wrong(path, "model.vocab", vocab, "an object of token texts and ids")
+    tokens = _Tokens.fillers(n_vocab)
+    for text, token in vocab.items():
+        if type(token) is not int or not 0 <= token < n_vocab:
+            raise _wrong(path, f"model.vocab[{text!r}]", token, f"an id from 0 to {n_vocab - 1}, the rows of the embedding", _OWN_FILES)
+        if tokens.types[token] != TokenType.UNUSED:
+            raise _wrong(path, f"model.vocab[{text!r}]", f"id {token}, which {tokens.texts[token]!r} has too", "each id once")
+        tokens.texts[token], tokens.types[token], tokens.scores[token] = text, TokenType.NORMAL, 0.0
+    for token, added in _all_added(files, vocab).items():
+        if token >= n_vocab:
+            raise _wrong(path, "added_tokens", f"id {token} for {added.text!r}", f"at most {n_vocab - 1}, the rows of the embedding", _OWN_FILES)
+        if tokens.types[token] != TokenType.UNUSED and tokens.texts[token] != added.text:
+            raise _wrong(path, "added_tokens", f"id {token} for {added.text!r}, which {tokens.texts[token]!r} has in model.vocab", "each id once")
+        tokens.put_added(token, added)
+    return tokens
+
+
+def _all_added(files: _Files, vocab: Mapping[str, object]) -> dict[int, _Added]:
+    """Return the added tokens as transformers sees them: those of tokenizer.json, further ones of tokenizer_config.json,
+    and tokens of the model that tokenizer_config.json names as bos_token and the like."""
+    added = {**_config_added(files), **_json_added(files)}
+    texts = {entry.text for entry in added.values()}
+    for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        text = _special_text(files, name)
+        token = vocab.get(text) if text is not None and text not in texts else None
+        if text is not None and _is_id(token):
+            added[token] = _Added(text, special=True)
+    return added
+
+
+def _set_merge_scores(tokens: _Tokens, files: _Files) -> None:
+    """Give each token a score by the rank of its first merge, so that llama.cpp's SPM, which merges the best-scored pair
+    first and the leftmost of equals, merges in the order of the merges. Ranks up to 2^24 are exact in float32."""
+    ids = {text: token for token, text in enumerate(tokens.texts)}
+    lowest = float(-len(files.merges) - 1)
+    for token, kind in enumerate(tokens.types):
+        if kind == TokenType.NORMAL:
+            tokens.scores[token] = lowest
+    for rank in range(len(files.merges) - 1, -1, -1):
+        merge = files.merges[rank]
+        text = merge.replace(" ", "", 1)
+        if text not in ids:
+            raise _wrong(files.tokenizer_path, f"model.merges[{rank}]", repr(merge), f"a merge into a token of the vocabulary, and {text!r} is none")
+        tokens.scores[ids[text]] = float(-rank)
+
+
+_BYTE_TEXT = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _mark_byte_tokens(tokens: _Tokens, files: _Files) -> None:
+    model = files.tokenizer["model"]
+    unknown = model.get("unk_token") if isinstance(model, dict) else None
+    for token, text in enumerate(tokens.texts):
+        if tokens.types[token] != TokenType.NORMAL:
+            continue
+        if _BYTE_TEXT.fullmatch(text):
+            tokens.types[token] = TokenType.BYTE
+        elif text == unknown:
+            tokens.types[token] = TokenType.UNKNOWN
+
+
+def _read_sentencepiece(files: _Files, n_vocab: int, notes: list[str]) -> _Tokens:
+    """Return the tokens of tokenizer.model, overlaid as upstream does with added_tokens.json, then added_tokens_decoder."""
+    path = files.folder / "tokenizer.model"
+    model, space_prefix = _parse_sentencepiece(path)
+    tokens = _Tokens.fillers(n_vocab)
+    tokens.space_prefix = space_prefix
+    skipped = max(len(model) - n_vocab, 0)
+    for token, (text, score, kind) in enumerate(model[:n_vocab]):
+        # a symbol that SentencePiece never splits is what llama.cpp calls user-defined; both look for it in the text itself
+        tokens.texts[token] = text.replace(_SPACE, " ") if kind == TokenType.USER_DEFINED else text
+        tokens.types[token], tokens.scores[token] = kind, score
+    added_path = files.folder / "added_tokens.json"
+    for text, number in _read_object(added_path).items():
+        if not _is_id(number):
+            raise _wrong(added_path, f"id of {text!r}", number, "a token id")
+        if number < n_vocab:
+            tokens.texts[number], tokens.types[number], tokens.scores[number] = text, TokenType.USER_DEFINED, _UNMERGED_SCORE
+        skipped += number >= n_vocab
+    for token, added in _config_added(files).items():
+        if token < n_vocab:
+            tokens.put_added(token, added)
+        skipped += token >= n_vocab
+    if skipped:
+        notes.append(f"{skipped} tokens of {files.folder} beyond the {n_vocab} rows of the embedding were left out: the model cannot see them")
+    return tokens
+
+
+def _parse_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bool]:
+    """Return the (text, score, type) of each piece, and whether a space is put in front of a text."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(_read_bytes(path))
+        pieces = [(piece.piece, piece.score, int(piece.type)) for piece in model.pieces]
+    except DecodeError as error:
+        remedy = "Where tokenizer.json is the tokenizer, move tokenizer.model out of the folder"
+        raise _wrong(path, "content", "something else", "a SentencePiece model", remedy) from error
+    if not pieces:
+        raise _wrong(path, "pieces", "none", "a SentencePiece vocabulary")
+    return pieces, bool(model.normalizer_spec.add_dummy_prefix)
+
+
+def _check_byte_tokens(tokens: _Tokens, path: Path) -> None:
+    n_bytes = sum(kind == TokenType.BYTE for kind in tokens.types)
+    if n_bytes != 256:
+        remedy = "llama.cpp stops the program at a character outside such a vocabulary, so this tokenizer cannot be used with it"
+        raise _wrong(path, "byte tokens", f"{n_bytes} of the type BYTE", "all 256, <0x00> to <0xFF>", remedy)
+
+
+# --- special tokens and templates -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Specials:
+    """The names of special tokens and the add_* flags while they are found."""
+
+    names: dict[str, str | None]
+    flags: dict[str, bool]
+
+
+def _template_ids(template: object) -> list[str | None]:
+    """Return the special tokens of a TemplateProcessing side, None where a sequence stands."""
+    items = [item for item in template if isinstance(item, dict)] if isinstance(template, list) else []
+    specials = (item.get("SpecialToken") for item in items)
+    return [str(special.get("id")) if isinstance(special, dict) else None for special in specials]
+
+
+def _apply_template(specials: _Specials, step: JsonObject) -> None:
+    """Read from a TemplateProcessing which tokens it puts around a text (single) and between two (pair)."""
+    names, flags = specials.names, specials.flags
+    single, pair = _template_ids(step.get("single")), _template_ids(step.get("pair"))
+    first = single[0] if len(single) > 1 else None
+    last = single[-1] if len(single) > 1 else None
+    if first:
+        names["bos"] = names["bos"] or first
+        flags["bos"] = first in (names["bos"], names["cls"])
+    if last:
+        if last != names["eos"]:
+            names["eot"], names["eos"] = names["eos"], last
+        flags["eos"] = True
+    inner = pair[1:] if first and pair[:1] == [first] else pair
+    inner = inner[:-1] if last and inner[-1:] == [last] else inner
+    between = inner[1:-1]
+    if between and inner[0] is None and inner[-1] is None:
+        ends = (names["sep"], names["eos"])
+        flags["sep"] = (between[0] in ends and not last) or (len(between) == 2 and between[1] in ends)
+
+
+def _read_specials(files: _Files) -> _Specials:
+    names = {name: _special_text(files, name) for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    names["bos"], names["eos"] = names["bos"] or names["cls"], names["eos"] or names["sep"]
+    specials = _Specials(names, {})
+    for step in _steps(files.tokenizer.get("post_processor"), "processors"):
+        if step.get("type") == "ByteLevel":
+            specials.flags.setdefault("bos", False)
+            specials.flags.setdefault("eos", False)
+        elif step.get("type") == "TemplateProcessing":
+            _apply_template(specials, step)
+    for name in ("bos", "eos", "sep"):
+        entry = files.config.get(f"add_{name}_token")
+        if isinstance(entry, bool):
+            specials.flags.setdefault(name, entry)
+    return specials
+
+
+def _special_ids(specials: _Specials, by_text: Mapping[str, int], config: Mapping[str, object], n_vocab: int, notes: list[str]) -> dict[str, int]:
+    """Return the ids of special tokens: by text (by_text: special and added tokens), else as config.json gives them."""
+    nested = config.get("text_config")
+    ids: dict[str, int] = {}
+    for name in _SPECIAL_KEYS:
+        token: object = by_text.get(specials.names.get(name) or "")
+        if token is None and name not in ("eot", "eom"):
+            token = config.get(f"{name}_token_id")
+            if token is None and isinstance(nested, dict):
+                token = nested.get(f"{name}_token_id")
+        if not isinstance(token, int) or isinstance(token, bool):
+            continue  # absent, or a list of several: upstream leaves these out too, llama.cpp finds them by their texts
+        if 0 <= token < n_vocab:
+            ids[name] = token
+        else:
+            notes.append(f"{name}_token_id {token} of config.json is not among the {n_vocab} tokens and was left out")
+    return ids
+
+
+def _settle_bos(specials: _Specials, ids: Mapping[str, int], pre: str, notes: list[str]) -> None:
+    """Write add_bos_token where llama.cpp's default would differ from tokenizer.json, or has no token to add."""
+    flags = specials.flags
+    adds = flags.get("bos", pre in _ADDS_BOS)
+    if adds and pre != _SPM and "bos" not in ids:
+        flags["bos"] = False
+        notes.append("add_bos_token is set to false: the tokenizer names no BOS token, and llama.cpp would take token 11 for it")
+    elif adds and "bos" not in flags:
+        flags["bos"] = False
+        notes.append("add_bos_token is set to false: tokenizer.json adds no BOS token, llama.cpp would by default")
+
+
+def _read_special_metadata(files: _Files, config: Mapping[str, object], tokens: _Tokens, pre: str, notes: list[str]) -> dict[str, Value]:
+    """Return the ids of special tokens and the add_*_token flags."""
+    specials = _read_specials(files)
+    known = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    by_text = {text: token for token, text in enumerate(tokens.texts) if tokens.types[token] in known}
+    ids = _special_ids(specials, by_text, config, len(tokens.texts), notes)
+    if _main_file(files.folder).suffix == ".json":  # with tokenizer.model, transformers' classes add BOS by themselves
+        _settle_bos(specials, ids, pre, notes)
+    if pre != _SPM and "eos" not in ids:
+        notes.append("the tokenizer names no EOS token: llama.cpp will take token 11 for it")
+    metadata = {f"tokenizer.ggml.{_SPECIAL_KEYS[name]}_token_id": uint32(token) for name, token in ids.items()}
+    metadata |= {f"tokenizer.ggml.add_{name}_token": boolean(flag) for name, flag in specials.flags.items()}
+    return metadata
+
+
+def _named_templates(entries: object, path: Path) -> dict[str, str]:
+    if isinstance(entries, str):
+        return {"default": entries}
+    if not isinstance(entries, list):
+        raise _wrong(path, "chat_template", entries, "a text or a list of named templates")
+    templates: dict[str, str] = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("template"), str):
+            raise _wrong(path, f"chat_template[{i}]", entry, "an object with a name and a template")
+        templates[str(entry["name"])] = str(entry["template"])
+    return templates
+
+
+def _read_templates(files: _Files) -> dict[str, str]:
+    """Return the chat templates by name, the main one as "default"; the first place that has any wins, as in transformers."""
+    jinja, legacy = files.folder / "chat_template.jinja", files.folder / "chat_template.json"
+    if jinja.is_file():
+        templates = {"default": _read_text(jinja)}
+    elif files.config.get("chat_template") is not None:
+        templates = _named_templates(files.config["chat_template"], files.config_path)
+    elif legacy.is_file():
+        templates = _named_templates(_read_object(legacy).get("chat_template"), legacy)
+    else:
+        templates = {}
+    for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
+        templates.setdefault(path.stem, _read_text(path))
+    return templates
+
+
+def _template_metadata(templates: Mapping[str, str]) -> dict[str, Value]:
+    allowed = characters.ascii_letters + characters.digits
+    named = {"".join(c if c in allowed else "_" for c in name): template for name, template in templates.items() if name != "default"}
+    metadata = {f"tokenizer.chat_template.{name}": string(template) for name, template in named.items() if name}
+    if metadata:
+        metadata["tokenizer.chat_templates"] = array(ValueType.STRING, [name for name in named if name])
+    if "default" in templates:
+        metadata["tokenizer.chat_template"] = string(templates["default"])
+    return metadata
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def _is_byte_level(files: _Files) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+
+def _is_byte_fallback(files: _Files) -> bool:
+    model = files.tokenizer.get("model")
+    return isinstance(model, dict) and bool(model.get("byte_fallback"))
+
+
+def _check_model(files: _Files) -> None:
+    """Refuse a folder without a tokenizer, and kinds of tokenizer.json that are not read."""
+    path = files.tokenizer_path
+    if not path.is_file():
+        remedy = "Add the tokenizer files of the model; from vocab.json and merges.txt, transformers' save_pretrained makes a tokenizer.json"
+        raise InputError(f"no tokenizer in {files.folder}: expected tokenizer.model or tokenizer.json. {remedy}")
+    model = files.tokenizer.get("model")
+    kind = model.get("type", "BPE") if isinstance(model, dict) else model
+    if kind != "BPE" or not (_is_byte_level(files) or _is_byte_fallback(files)):
+        raise _wrong(path, "model.type", kind, "BPE, byte-level or with byte_fallback", "Other tokenizers are not supported")
+    if not files.merges:
+        raise _wrong(path, "model.merges", "none", "a list of merges")
+
+
+def _json_prefixes_space(files: _Files) -> bool:
+    steps = _steps(files.tokenizer.get("normalizer"), "normalizers") + _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers")
+    return any(step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never") for step in steps)
+
+
+def _prefix_metadata(files: _Files, config: Mapping[str, object], tokens: _Tokens) -> dict[str, Value]:
+    """Return add_space_prefix where upstream writes it or llama.cpp's default would be wrong."""
+    given = files.config.get("add_prefix_space")
+    if isinstance(given, bool) and config.get("model_type") in _LLAMA_TYPES:
+        return {"tokenizer.ggml.add_space_prefix": boolean(given)}
+    return {} if tokens.space_prefix else {"tokenizer.ggml.add_space_prefix": boolean(False)}
+
+
+def _read_tokens(files: _Files, n_vocab: int, pre_tokenizer: str | None, notes: list[str]) -> tuple[str, str, _Tokens]:
+    """Return tokenizer.ggml.model, tokenizer.ggml.pre and the tokens."""
+    if _main_file(files.folder).suffix == ".model":
+        tokens = _read_sentencepiece(files, n_vocab, notes)
+        _check_byte_tokens(tokens, _main_file(files.folder))
+        return "llama", pre_tokenizer or "default", tokens
+    _check_model(files)
+    tokens = _read_model_vocab(files, n_vocab)
+    if _is_byte_level(files):
+        clean = files.config.get("clean_up_tokenization_spaces") is True
+        pre = pre_tokenizer or find_pre_tokenizer(files.tokenizer, clean_spaces=clean, path=files.tokenizer_path)
+        return "gpt2", pre, tokens
+    _mark_byte_tokens(tokens, files)
+    _check_byte_tokens(tokens, files.tokenizer_path)
+    _set_merge_scores(tokens, files)
+    tokens.space_prefix = _json_prefixes_space(files)
+    return "llama", pre_tokenizer or "default", tokens
+
+
+def _model_extras(config: Mapping[str, object], model: str) -> dict[str, Value]:
+    """Return what upstream writes for two families by the size of their vocabulary: CodeLlama and small Granite."""
+    size = config.get("vocab_size")
+    if config.get("model_type") not in _LLAMA_TYPES:
+        return {}
+    if size == 32016 and model == "llama":
+        ids = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+        return {f"tokenizer.ggml.{name}_token_id": uint32(token) for name, token in ids.items()}
+    return {"tokenizer.ggml.add_bos_token": boolean(False)} if size == 49152 else {}
+
+
+def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pre_tokenizer: str | None = None) -> Vocabulary:
+    """Return the tokenizer.* keys for the model in `folder`.
+
+    config: the parsed config.json. n_vocab: rows of the embedding; ids without a token become `[PADi]`, unused.
+    pre_tokenizer: llama.cpp's name for it, taken as given; by default found from tokenizer.json.
+    Raises InputError naming file and key for files that are missing, malformed, contradict each other or do not fit
+    n_vocab, for an unknown pre-tokenizer, and for kinds of tokenizers that are not supported.
+    """
+    assert n_vocab > 0, n_vocab
+    files, notes = _read_files(folder), list[str]()
+    model, pre, tokens = _read_tokens(files, n_vocab, pre_tokenizer, notes)
+    _check_texts(tokens, _main_file(folder))
+    metadata = {
+        "tokenizer.ggml.model": string(model),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array(ValueType.STRING, tokens.texts),
+        "tokenizer.ggml.token_type": array(ValueType.INT32, map(int, tokens.types)),
+    }
+    if model == "llama":
+        metadata["tokenizer.ggml.scores"] = array(ValueType.FLOAT32, tokens.scores)
+    else:
+        metadata["tokenizer.ggml.merges"] = array(ValueType.STRING, files.merges)
+    metadata |= _read_special_metadata(files, config, tokens, pre if model == "gpt2" else _SPM, notes)
+    metadata |= _prefix_metadata(files, config, tokens)
+    metadata |= _model_extras(config, model) | _template_metadata(_read_templates(files))
+    return Vocabulary(metadata, tuple(notes))
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+# What tokenizers disagree about. Original text; each line is compared by itself, then all of it at once.
+TORTURE_TEXT = (
+    "The ferry left at dawn, and nobody aboard had slept.",
+    "I'm sure they've said she'd go, we'll see; it's DON'T and CAN'T, I'M, YOU'RE, O'Neill's 'tis and rock'n'roll.",
+    "0 7 42 365 1024 65536 123456 9876543 31415926 1000000007 3.14159 1,234,567.89 -40 6e-23 0x1F 10% ½ Ⅻ ٣٤٥ ४२",
+    "one  two   three    four     five                                end",
+    "\ttab\t\ttabs \t mixed \t\n\n\nthree lines\n \n  \n\r\nwindows\r\n\r\nline ends\rold mac   ",
+    "   leading spaces and trailing ones   ",
+    'def area(r: float) -> float:\n    """πr²"""\n    return 3.14 * r**2  # ok\n\nif __name__ == \'__main__\':\n\tprint(area(2)!=0)\n',
+    "for (int i=0;i<n;++i){ x[i]^=~(y<<3)|z&&w; } // <b>&amp;</b> /* $HOME */ `ls -la | grep \\.txt$`",
+    "https://example.org:8080/a/b_c?id=17&q=tea%20pot#top user.name+tag@mail.example.co.uk C:\\Temp\\new_file.TXT",
+    "camelCase PascalCase snake_case SCREAMING_CASE kebab-case HTTPServer2Go iPhone eBay McDonald",
+    "!!! ??? ... --- ===== ***** ~~~~ <<>> [](){} ''''' \"\"\"\" ,,, ;;; ::: /// \\\\ __ @@ ## %% ^^ && || ++ ` ´ “quoted” ‘so’ «là» – — … • § ¶",
+    "Zażółć gęślą jaźń; Straße, Ærø, naïve café, İstanbul'da ığdır, Ångström, señor, përtej, ťažký, ẞ ﬁ ﬂ",
+    "Ελληνικά και μαθηματικά: Σίσυφος. Съешь же ещё этих булок, товарищ! Їжак ґанок.",
+    "今天天气很好，我们去公园散步吧。東京都は2024年も暑かった。カタカナとひらがな、ﾊﾝｶｸ。中文ABC混排123测试",
+    "안녕하세요, 오늘은 비가 옵니다. 한국어 띄어쓰기 시험.",
+    "مرحبا بالعالم، كيف حالك؟ اَلسَّلَامُ ١٢٣ فارسی می‌نویسم. שלום עולם, מַה שְּׁלוֹמְךָ?",
+    "नमस्ते दुनिया, क्या हाल है? ภาษาไทยไม่มีช่องว่าง ជំរាបសួរ வணக்கம் বাংলা ሰላም გამარჯობა Բարեւ",
+    "e\u0301le\u0300ve cafe\u0301 n\u0303 a\u030a o\u0308 Z\u0324\u0307 \u1112\u1161\u11ab\u1100\u1173\u11af A\u030a \u212b \u2126 \u212a",
+    "😀😅🚀 👩‍🚀👨‍👩‍👧‍👦 👍🏽 🇫🇮🇯🇵 ❤️ ☕️ 1️⃣ 🏴‍☠️ ⚙ 🜁",
+    "zero\u200bwidth soft\u00adhyphen no\u00a0break thin\u2009space ideographic\u3000space line\u2028sep bom\ufeff nel\u0085 rtl\u200f",
+    "∀x∈ℝ: x²≥0 ∧ ∑ᵢ₌₁ⁿ i = n(n+1)/2, ∫₀^∞ e^{-x}dx = 1; H₂O → 2H⁺ + ½O₂ ≈ ≠ ± × ÷ 𝔸𝕓𝒸 𝟙𝟚",
+    '{"name": "Ada", "tags": ["a", "b\\n"], "n": -1.5e+10, "ok": true, "none": null}',
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa hahahahahahaha ........................ 0000000000000000000000",
+    "user: Can you count to ten?\nassistant: Sure! 1, 2, 3, 4, 5, 6, 7, 8, 9, 10.\n\nuser: thx ;-) <3\n",
+    "a\x01b\x1b[0m\x7f \ue000 \U0001f9ff\U000e0041 \ufffd",
+)
+
+_TIME_LIMIT_SECONDS = 120
+_MEMORY_BASE_BYTES = 2 << 30
+_MEMORY_PER_FILE_BYTE = 40  # a 34 MB tokenizer.json costs the tokenizers library about 500 MB
+_MAX_CONTROL_TOKENS = 2000
+_N_SAMPLED_TOKENS = 1000
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The tokenizer that llama.cpp is compared with. `prepare` does to a text what llama.cpp is known to leave out."""
+
+    name: str
+    encode: Encode
+    encode_with_specials: Encode | None
+    decode: Callable[[int], str]
+    prepare: Callable[[str], str]
+    notes: tuple[str, ...]
+
+
+def _normal_forms(tokenizer: Mapping[str, object]) -> list[str]:
+    kinds = (str(step.get("type")) for step in _steps(tokenizer.get("normalizer"), "normalizers"))
+    return [kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")]
+
+
+def _reference_of_json(files: _Files, controls: Sequence[tuple[int, str]]) -> _Reference:
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(files.tokenizer_path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    known = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
+    # tokens that only tokenizer_config.json calls special: transformers adds them too
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for _, text in controls if text not in known])
+    forms = _normal_forms(files.tokenizer)
+    metaspace = any(step.get("type") == "Metaspace" for step in _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+    def prepare(text: str) -> str:
+        for form in forms:
+            text = unicodedata.normalize(form, text)  # type: ignore[arg-type, unused-ignore]
+        return text.removeprefix(" ") if metaspace else text
+
+    notes = []
+    if forms:
+        notes.append(
+            f"tokenizer.json normalizes text to {', '.join(forms)}, which llama.cpp does not: decomposed accents, conjoining Hangul and signs such as "
+            "U+212B get other token ids unless a prompt is normalized before"
+        )
+    if metaspace:
+        notes.append("tokenizer.json puts a space in front of a text that has none (Metaspace), llama.cpp in front of every text: a leading space counts twice")
+    return _Reference(
+        "tokenizer.json",
+        lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
+        lambda text: list(tokenizer.encode(text, add_special_tokens=True).ids),
+        lambda token: str(tokenizer.decode([token], skip_special_tokens=False)),
+        prepare,
+        tuple(notes),
+    )
+
+
+def _reference_of_sentencepiece(path: Path) -> _Reference:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(path))
+    prefixed = processor.normalize("a") == _SPACE + "a"
+
+    def prepare(text: str) -> str:
+        normal = str(processor.normalize(text)).replace(_SPACE, " ")
+        return normal.removeprefix(" ") if prefixed else normal
+
+    notes: tuple[str, ...] = ()
+    if any(prepare(text) != text for text in TORTURE_TEXT):
+        notes = ("tokenizer.model normalizes text (Unicode forms or spaces), which llama.cpp does not: such text gets other token ids",)
+    return _Reference("tokenizer.model", processor.encode, None, lambda token: str(processor.decode([token])), prepare, notes)
+
+
+def _around(ids: Sequence[int], at: int) -> str:
+    return f"{'… ' if at > 3 else ''}{list(ids[max(at - 3, 0) : at + 6])}"
+
+
+def _describe_difference(text: str, expected: Sequence[int], got: Sequence[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    return f"at token {at} of {text[:100]!r}: got {_around(got, at)}, expected {_around(expected, at)}"
+
+
+def _has_marks(text: str) -> bool:
+    return any(unicodedata.category(c).startswith("M") for c in text)
+
+
+def _compare_text(reference: _Reference, encode: Encode, pre: str, notes: list[str]) -> str | None:
+    """Return the first difference on the torture text, line by line and then joined; None if there is none. Lines whose
+    combining marks llama.cpp is known to split off are told in `notes` only."""
+    known = [text for text in TORTURE_TEXT if pre in _SPLITS_MARKS and _has_marks(text)]
+    strict = [text for text in TORTURE_TEXT if text not in known]
+    for text in (*strict, "\n".join(strict), *known):
+        expected, got = reference.encode(text), encode(reference.prepare(text))
+        if expected != got and text in known:
+            notes.append(
+                f"llama.cpp splits off combining marks with pre-tokenizer {pre!r}, the tokenizer does not, {_describe_difference(text, expected, got)}"
+            )
+            return None
+        if expected != got:
+            return _describe_difference(text, expected, got)
+    return None
+
+
+def _compare_controls(reference: _Reference, encode: Encode, controls: Sequence[tuple[int, str]], notes: list[str]) -> str | None:
+    """Return the first control token that is not read as itself. What stands around them is told in `notes` only:
+    stripped or added spaces at control tokens are properties llama.cpp does not have."""
+    for _, text in controls[:_MAX_CONTROL_TOKENS]:
+        expected, got = reference.encode(text), encode(text)
+        if expected != got:
+            return _describe_difference(text, expected, got)
+    text = "".join(f"{token}user\nHello there{token} Hello \n{token}" for _, token in controls[:64])
+    expected, got = reference.encode(text), encode(reference.prepare(text))
+    if expected != got:
+        notes.append(f"text beside control tokens is read with other spaces by llama.cpp, {_describe_difference(text, expected, got)}")
+    return None
+
+
+def _compare_entries(reference: _Reference, encode: Encode, types: Sequence[int], notes: list[str]) -> None:
+    """Note how many of a sample of vocabulary entries, taken as text, are not tokenized alike."""
+    normal = [token for token, kind in enumerate(types) if kind == TokenType.NORMAL]
+    differing, n = [], 0
+    for token in normal[:: max(len(normal) // _N_SAMPLED_TOKENS, 1)]:
+        text = reference.decode(token)
+        if not text or "\ufffd" in text:
+            continue
+        n += 1
+        expected, got = reference.encode(text), encode(reference.prepare(text))
+        if expected != got:
+            differing.append(_describe_difference(text, expected, got))
+    if differing:
+        notes.append(f"{len(differing)} of {n} vocabulary entries, taken as text, get other token ids in llama.cpp, the first {differing[0]}")
+
+
+def _compare_ends(reference: _Reference, encode: Encode, notes: list[str]) -> None:
+    """Note where BOS and EOS around a text differ from tokenizer.json's post-processor."""
+    if reference.encode_with_specials is None:
+        return
+    expected, got = reference.encode_with_specials("Hello"), encode("Hello")
+    if expected != got:
+        notes.append(f"special tokens around a text differ: {reference.name} gives {expected[:8]} for 'Hello', llama.cpp {got[:8]}")
+
+
+def _prove(folder: Path, gguf: Path) -> JsonObject:
+    """Compare in this process. Return {"notes": […], "difference": text or None, "reference": file name}."""
+    from loopgguf.llama import Model  # in the child only: the parent needs no libllama for this
+
+    metadata = read_gguf(gguf).metadata
+    texts, types = metadata["tokenizer.ggml.tokens"].data, metadata["tokenizer.ggml.token_type"].data
+    assert isinstance(texts, list)
+    assert isinstance(types, list)
+    kinds = [int(kind) for kind in types]
+    controls = [(token, str(texts[token])) for token, kind in enumerate(kinds) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)]
+    files = _read_files(folder)
+    reference = _reference_of_json(files, controls) if files.tokenizer else _reference_of_sentencepiece(folder / "tokenizer.model")
+    notes = list(reference.notes)
+    with Model(gguf, vocab_only=True) as model:
+
+        def encode(text: str) -> list[int]:
+            return model.tokenize(text, add_special=False, parse_special=True)
+
+        difference = _compare_text(reference, encode, str(metadata["tokenizer.ggml.pre"].data), notes)
+        if difference is None and files.tokenizer:  # sentencepiece itself never reads control tokens from text
+            difference = _compare_controls(reference, encode, controls, notes)
+        if difference is None:
+            _compare_entries(reference, encode, kinds, notes)
+        _compare_ends(reference, lambda text: model.tokenize(text, add_special=True, parse_special=True), notes)
+    return {"notes": notes, "difference": difference, "reference": reference.name}
+
+
+def _limit_memory(n_bytes: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses some
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
+
+
+def _run_child(folder: Path, gguf: Path) -> JsonObject:
+    """Run `_prove` in a child process with a time and a memory limit, and return its answer."""
+    size = sum(path.stat().st_size for path in (gguf, folder / "tokenizer.json", folder / "tokenizer.model") if path.is_file())
+    limit = _MEMORY_BASE_BYTES + _MEMORY_PER_FILE_BYTE * size
+    search_path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")  # each would reserve a stack
+    environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(search_path)}
+    # -P: the working folder, perhaps the model's own, is not searched for modules
+    command = [sys.executable, "-P", "-m", "loopgguf.vocabulary", str(folder.absolute()), str(gguf), str(limit)]
+    try:
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=_TIME_LIMIT_SECONDS, check=False, encoding="utf-8", errors="replace")
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"tokenizer of {folder} could not be compared with llama.cpp's: no answer in {_TIME_LIMIT_SECONDS} s. Is it a hostile file?"
+        ) from error
+    if done.returncode != 0:
+        cause = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        if done.returncode < 0:
+            cause = f"stopped by {signal.Signals(-done.returncode).name} (memory limit {limit} bytes): {cause}"
+        raise InputError(f"tokenizer of {folder} could not be compared with llama.cpp's: {cause}. Download the tokenizer files again")
+    answer: JsonObject = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def prove_vocabulary(folder: Path, metadata: Mapping[str, Value], *, forced: bool = False) -> tuple[str, ...]:
+    """Return notes, one line each, after llama.cpp and the folder's own tokenizer gave the same token ids.
+
+    metadata: all of the model's GGUF metadata, or the tokenizer.* keys alone. forced: the user chose the pre-tokenizer
+    by name, so a difference is a note instead of an error. The folder's tokenizer is tokenizer.json as the `tokenizers`
+    library reads it; where there is none, tokenizer.model as sentencepiece reads it, which knows no control tokens in
+    text. Compared are TORTURE_TEXT, every control token, a sample of the vocabulary, and BOS and EOS around a text.
+    What llama.cpp is known to leave out (Unicode normalization, spaces at control tokens, marks as letters for some
+    pre-tokenizers) is noted, not refused.
+    Raises InputError with the first differing piece and both lists of ids, or when one of the two cannot read its file.
+    """
+    whole = {"general.architecture": string("llama"), **metadata}
+    with tempfile.TemporaryDirectory(prefix="loopgguf-") as scratch:
+        gguf = Path(scratch) / "vocabulary.gguf"
+        write_gguf(gguf, whole, [])
+        answer = _run_child(folder, gguf)
+    notes = [str(note) for note in answer["notes"]] if isinstance(answer["notes"], list) else []
+    difference = answer["difference"]
+    if difference is not None:
+        pre = metadata["tokenizer.ggml.pre"].data
+        text = f"token ids of {answer['reference']} in {folder} and of llama.cpp with pre-tokenizer {pre!r} differ {difference}"
+        if not forced:
+            raise InputError(f"{text}. Pass --pre-tokenizer NAME to choose another, or to accept the difference")
+        notes.insert(0, text)
+    return tuple(notes)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    folder, gguf, limit = arguments
+    _limit_memory(int(limit))
+    answer = _prove(Path(folder), Path(gguf))
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,429 @@
+"""The main line as code: source → statistics → plan → encode → verify → publish → evaluate. The only place that publishes.
+
+Each public function is one command of the tool, without printing: progress goes through a callback, what a user should
+know comes back in the result's `notes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from loopgguf import __version__
+from loopgguf.activations import PassResult, collect_from_checkpoint, collect_from_gguf
+from loopgguf.calibration import Chunks, default_text, describe_shortage, load_chunks
+from loopgguf.checkpoint import cache_path, content_key
+from loopgguf.container import (
+    Layout,
+    Metadata,
+    PartFile,
+    Value,
+    ValueType,
+    plan_layout,
+    read_gguf,
+    refuse_existing,
+    shard_path,
+    string,
+    uint32,
+    write_gguf,
+)
+from loopgguf.errors import OutputError, UsageError
+from loopgguf.evaluation import Quality, measure_quality
+from loopgguf.formats import GgmlType
+from loopgguf.llama import Model
+from loopgguf.pipeline import Job, Progress, TensorLog, WriteResult, execute
+from loopgguf.planner import Plan, PlanRow, TypeRules, nearest_label, plan_conversion, plan_preset, plan_profile
+from loopgguf.profile import load_profile
+from loopgguf.source import Source, open_source
+from loopgguf.statistics import ColumnSums, Statistics, check_coverage, load_imatrix, save_imatrix
+from loopgguf.verify import speak, verify_file
+from loopgguf.vocabulary import prove_vocabulary
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_BUFFER_BYTES = 256 << 20
+DEFAULT_CTX_SIZE = 512
+DEFAULT_SAMPLES = 512
+DEFAULT_PROFILE = "balanced"
+SPEAKING_PROMPT = "Once upon a time"
+
+
+def default_threads() -> int:
+    """Return the number of CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to work, not what to make: nothing here changes a byte of the output."""
+
+    n_threads: int = field(default_factory=default_threads)
+    max_buffer_bytes: int = DEFAULT_MAX_BUFFER_BYTES
+    overwrite: bool = False
+    pre_tokenizer: str | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class ImatrixRequest:
+    """Which calibration text makes an imatrix, cut how."""
+
+    files: tuple[Path, ...] = ()
+    ctx_size: int = DEFAULT_CTX_SIZE
+    n_samples: int = DEFAULT_SAMPLES
+    process_output: bool = False
+    parse_special: bool = False
+
+
+@dataclass(frozen=True)
+class ImatrixResult:
+    """An imatrix and the pass that made it; `path` is where it lies."""
+
+    path: Path
+    statistics: Statistics
+    run: PassResult
+    chunks: Chunks
+    notes: tuple[str, ...]
+
+
+# --- source -----------------------------------------------------------------------------------------------------------
+
+
+def _open(model: Path, settings: Settings) -> tuple[Source, list[str]]:
+    """Open a model; a checkpoint's vocabulary is proven against llama.cpp (once per set of tokenizer files)."""
+    source = open_source(model, pre_tokenizer=settings.pre_tokenizer)
+    notes = list(source.notes)
+    if source.is_checkpoint:
+        notes += _proof(source)
+    return source, notes
+
+
+def _proof(source: Source) -> list[str]:
+    remembered = cache_path("vocabulary", content_key(__version__, source.fingerprint, str(source.metadata.get("tokenizer.ggml.pre"))), ".txt")
+    if not remembered.exists():
+        found = "\n".join(prove_vocabulary(source.path, source.metadata))
+        remembered.write_text(found, encoding="utf-8")
+    return remembered.read_text(encoding="utf-8").splitlines()
+
+
+@contextlib.contextmanager
+def _vocabulary_file(source: Source) -> Iterator[Path]:
+    """Give a GGUF that llama.cpp can load the vocabulary from: the source itself, or a temporary one of a checkpoint."""
+    if not source.is_checkpoint:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(prefix="loopgguf-") as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_gguf(path, source.metadata, [])
+        yield path
+
+
+# --- imatrix ----------------------------------------------------------------------------------------------------------
+
+
+def _chunks(
+    source: Source, files: Sequence[Path], default: Literal["calibration", "heldout"], ctx_size: int, n_chunks: int | None, *, parse_special: bool = False
+) -> Chunks:
+    """Return the texts cut into chunks under the model's own vocabulary, as llama.cpp tokenizes them."""
+    with _vocabulary_file(source) as path, Model(path, vocab_only=True) as vocabulary:
+        return load_chunks(vocabulary, tuple(files) or (default_text(default),), ctx_size, n_chunks, parse_special=parse_special)
+
+
+def _calibration_notes(chunks: Chunks) -> list[str]:
+    shortage = describe_shortage(chunks)
+    return [*([f"calibration text: {shortage}"] if shortage else []), *chunks.notes]
+
+
+def _collect(source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings) -> tuple[Statistics, PassResult]:
+    sums = ColumnSums()
+    collect = collect_from_checkpoint if source.is_checkpoint else collect_from_gguf
+    run = collect(source.path, chunks.tokens, [sums], n_threads=settings.n_threads, process_output=request.process_output, progress=settings.progress)
+    return Statistics(sums.columns(), chunks.names, len(chunks.tokens), request.ctx_size), run
+
+
+def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixRequest | None = None, settings: Settings | None = None) -> ImatrixResult:
+    """Run calibration text through a model and write the importance matrix in llama.cpp's GGUF form.
+
+    model: a checkpoint folder (run by torch, one decoder layer at a time) or a GGUF (run by llama.cpp). output: default
+    `NAME.imatrix.gguf` in the current folder. Raises InputError for a bad model or text, OutputError when the output
+    exists or cannot be written.
+    """
+    request, settings = request or ImatrixRequest(), settings or Settings()
+    output = output or Path(f"{model_name(model)}.imatrix.gguf")
+    if "imatrix" not in output.name:
+        raise UsageError(f"an imatrix file must have `imatrix` in its name, or tools take it for a model: got {output.name}, try {output.stem}.imatrix.gguf")
+    refuse_existing(output, overwrite=settings.overwrite)
+    source, notes = _open(model, settings)
+    _refuse_same_file(output, source.files)
+    chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples, parse_special=request.parse_special)
+    statistics, run = _collect(source, request, chunks, settings)
+    check_coverage(statistics, source.tensors)
+    save_imatrix(statistics, output, overwrite=settings.overwrite)
+    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks)))
+
+
+def _coverage_notes(statistics: Statistics, source: Source) -> list[str]:
+    """Refuse an imatrix of another model; say what it has no weight for (which tensors lack data is told of the plan)."""
+    unused = check_coverage(statistics, source.tensors).unused
+    return [f"imatrix: {len(unused)} of its entries are of no tensor of this model: {', '.join(unused[:3])}"] if unused else []
+
+
+def _imatrix_for(source: Source, imatrix: Path | None, request: ImatrixRequest, settings: Settings) -> tuple[Statistics, str, list[str]]:
+    """Return statistics and the file name they go by: the given file, the one made before for the same model and text, or a new one."""
+    if imatrix is not None:
+        return load_imatrix(imatrix), imatrix.name, []
+    chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples)
+    name = f"{model_name(source.path)}.imatrix.gguf"
+    cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
+    if cached.exists():
+        return load_imatrix(cached), name, [f"imatrix: taken from {cached}, made before from the same model and text ({', '.join(chunks.names)})"]
+    statistics, run = _collect(source, request, chunks, settings)
+    save_imatrix(statistics, cached)
+    text = f"{', '.join(chunks.names)}, {len(chunks.tokens)} chunks of {request.ctx_size} tokens"
+    made = f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}"
+    return statistics, name, [made, *_calibration_notes(chunks)]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def model_name(model: Path) -> str:
+    """Return the name a model goes by: its folder's or file's, without shard numbers and `.gguf`."""
+    resolved = model.resolve()
+    return resolved.name if resolved.is_dir() else resolved.name.removesuffix(".gguf").split("-00001-of-")[0]
+
+
+def _refuse_same_file(output: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError when `output` is one of the inputs, through links too."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise OutputError(f"output {output} is the input {path}: nothing was written; choose another name with -o")
+
+
+def _output_metadata(source: Source, plan: Plan, statistics: Statistics | None, imatrix_name: str) -> dict[str, Value]:
+    """Return the source's metadata with what this file is and came from; names only, no paths."""
+    metadata = dict(source.metadata)
+    metadata["general.quantization_version"] = uint32(2)
+    metadata["general.file_type"] = uint32(plan.file_type)
+    metadata["general.quantized_by"] = string("loopgguf")
+    if statistics is not None and any(row.uses_imatrix for row in plan.rows):
+        metadata["quantize.imatrix.file"] = string(imatrix_name)
+        metadata["quantize.imatrix.dataset"] = string(", ".join(statistics.datasets))
+        metadata["quantize.imatrix.entries_count"] = uint32(len(statistics.columns))
+        metadata["quantize.imatrix.chunks_count"] = uint32(statistics.n_chunks)
+    metadata["loopgguf.version"] = string(__version__)
+    metadata["loopgguf.intent"] = string(plan.intent)
+    metadata["loopgguf.plan_hash"] = string(plan.hash)
+    return metadata
+
+
+def _layouts(source: Source, plan: Plan, metadata: Metadata, output: Path, keep_split: bool) -> list[tuple[Path, Layout]]:
+    """Return each output file with its layout: one, or one per input shard."""
+    n_shards = 1 + max(tensor.shard for tensor in source.tensors) if keep_split else 1
+    if n_shards == 1:
+        return [(output, plan_layout(metadata, [(row.name, row.type, row.shape) for row in plan.rows]))]
+    shard_of = {tensor.name: tensor.shard for tensor in source.tensors}
+    files = []
+    for shard in range(n_shards):
+        rows = [row for row in plan.rows if shard_of[row.name] == shard]
+        split: dict[str, Value] = {
+            "split.no": Value(ValueType.UINT16, shard),
+            "split.count": Value(ValueType.UINT16, n_shards),
+            "split.tensors.count": Value(ValueType.INT32, len(plan.rows)),
+        }
+        shard_metadata = {**metadata, **split} if shard == 0 else split
+        files.append((shard_path(output, shard + 1, n_shards), plan_layout(shard_metadata, [(row.name, row.type, row.shape) for row in rows])))
+    return files
+
+
+def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile) -> list[Job]:
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    return [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
+
+
+def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:
+    """Check each part as a reader would, then load and run the whole under its final names; return what it said."""
+    for part, layout in parts:
+        verify_file(part.path, layout, source.tensors, logs, n_threads=settings.n_threads, progress=settings.progress)
+    with tempfile.TemporaryDirectory(prefix="loopgguf-") as folder:  # llama.cpp finds the shards of a model by their names
+        links = [Path(folder) / part.target.name for part, _ in parts]
+        for link, (part, _) in zip(links, parts, strict=True):
+            link.symlink_to(part.path.resolve())
+        return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads)
+
+
+def _write_model(
+    source: Source, plan: Plan, files: Sequence[tuple[Path, Layout]], statistics: Statistics | None, settings: Settings, notes: Sequence[str]
+) -> WriteResult:
+    """Encode, flush, verify and publish; nothing stays behind if any of it fails."""
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[phase] = time.perf_counter() - start
+
+    rows = {row.name: row for row in plan.rows}
+    with contextlib.ExitStack() as stack:
+        parts = [(stack.enter_context(PartFile(path, layout.total_bytes, overwrite=settings.overwrite)), layout) for path, layout in files]
+        with timed("encode and write"):
+            for part, layout in parts:
+                part.write_at(0, layout.header)
+            logs = execute(
+                [job for part, layout in parts for job in _jobs(source, rows, layout, part)],
+                lambda name: statistics.importance(name) if statistics is not None else None,
+                n_threads=settings.n_threads,
+                max_buffer_bytes=settings.max_buffer_bytes,
+                progress=settings.progress,
+            )
+        with timed("fsync"):
+            for part, _ in parts:
+                part.sync()
+        with timed("verify"):
+            sample_text = _verify(source, parts, logs, settings)
+        for part, _ in parts:
+            part.publish()
+    paths = tuple(path for path, _ in files)
+    return WriteResult(plan, paths, sum(layout.total_bytes for _, layout in files), logs, seconds, sample_text, tuple(notes))
+
+
+def _finish(
+    source: Source,
+    plan: Plan,
+    output: Path,
+    statistics: Statistics | None,
+    imatrix_name: str,
+    keep_split: bool,
+    dry_run: bool,
+    settings: Settings,
+    notes: Sequence[str],
+) -> WriteResult:
+    """Lay the files out to the byte; stop there for a dry run, else write them."""
+    files = _layouts(source, plan, _output_metadata(source, plan, statistics, imatrix_name), output, keep_split)
+    if dry_run:
+        return WriteResult(plan, tuple(p for p, _ in files), sum(layout.total_bytes for _, layout in files), {}, {}, "", tuple(notes), is_dry_run=True)
+    for path, _ in files:
+        _refuse_same_file(path, source.files)
+        refuse_existing(path, overwrite=settings.overwrite)
+    return _write_model(source, plan, files, statistics, settings, notes)
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to make of a model: a preset or a profile, the rules on top, and which imatrix weighs the columns."""
+
+    profile: str | Path = DEFAULT_PROFILE
+    quant_type: str | None = None
+    rules: TypeRules = field(default_factory=TypeRules)
+    imatrix: Path | None = None
+    use_imatrix: bool = True
+    calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    keep_split: bool = False
+    dry_run: bool = False
+
+
+def quantize(model: Path, output: Path | None = None, request: QuantizeRequest | None = None, settings: Settings | None = None) -> WriteResult:
+    """Turn a checkpoint folder or a GGUF into a quantized GGUF, verified and published; or only plan it (`dry_run`).
+
+    output: default `NAME-TYPE.gguf` for a preset, `NAME-LG-TYPE.gguf` for a profile (TYPE: the preset nearest in size),
+    in the current folder. Raises UsageError for a request that cannot be met (before any work), InputError for a bad
+    model or imatrix, OutputError for an output that exists or cannot be written, QualityError when the finished file
+    does not pass its checks.
+    """
+    request, settings = request or QuantizeRequest(), settings or Settings()
+    if output is not None:
+        refuse_existing(output, overwrite=settings.overwrite or request.dry_run or request.keep_split)
+    source, notes = _open(model, settings)
+    if output is not None:
+        _refuse_same_file(output, source.files)
+    preview = _plan(source, request, None if not request.use_imatrix else "all")
+    statistics, imatrix_name = None, ""
+    if request.use_imatrix and any(row.uses_imatrix for row in preview.rows) and not (request.dry_run and request.imatrix is None):
+        statistics, imatrix_name, more = _imatrix_for(source, request.imatrix, request.calibration, settings)
+        notes += [*more, *_coverage_notes(statistics, source)]
+    plan = preview if statistics is None else _plan(source, request, statistics)
+    name = f"{model_name(model)}-{request.quant_type.upper()}" if request.quant_type else f"{model_name(model)}-LG-{nearest_label(plan)}"
+    return _finish(source, plan, output or Path(f"{name}.gguf"), statistics, imatrix_name, request.keep_split, request.dry_run, settings, notes)
+
+
+def _plan(source: Source, request: QuantizeRequest, statistics: Statistics | str | None) -> Plan:
+    def has_importance(name: str) -> bool:
+        return statistics is not None and (isinstance(statistics, str) or name in statistics.columns)
+
+    if request.quant_type is not None:
+        return plan_preset(source.tensors, source.metadata, request.quant_type, request.rules, has_importance if statistics is not None else None)
+    profile = load_profile(request.profile)
+    return plan_profile(source.tensors, source.metadata, profile, request.rules, has_importance if statistics is not None else None)
+
+
+def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, dry_run: bool = False, settings: Settings | None = None) -> WriteResult:
+    """Turn a checkpoint folder (or a GGUF) into an F32, F16, BF16 or Q8_0 GGUF, as llama.cpp's converter does."""
+    settings = settings or Settings()
+    source, notes = _open(model, settings)
+    plan = plan_conversion(source.tensors, source.metadata, outtype)
+    output = output or Path(f"{model_name(model)}-{outtype.upper()}.gguf")
+    return _finish(source, plan, output, None, "", False, dry_run, settings, notes)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def reference_gguf(model: Path, settings: Settings | None = None) -> tuple[Path, list[str]]:
+    """Return a full-precision GGUF of `model`: itself if it is one, else a conversion kept in the cache folder."""
+    settings = settings or Settings()
+    source, notes = _open(model, settings)
+    if not source.is_checkpoint:
+        return model, notes
+    path = cache_path("reference", content_key(__version__, source.fingerprint), ".gguf")
+    if path.exists():
+        return path, [*notes, f"reference: {path} ({path.stat().st_size:,} bytes), converted before from the same checkpoint"]
+    is_float32 = any(tensor.type is GgmlType.F32 and len(tensor.shape) > 1 for tensor in source.tensors)
+    plan = plan_conversion(source.tensors, source.metadata, "f32" if is_float32 else "auto")
+    result = _finish(source, plan, path, None, "", False, False, settings, notes)
+    return path, [*notes, f"reference: {model} converted to {path} ({result.total_bytes:,} bytes on disk, kept for the next run)"]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The measured quality of a file against its reference, and on what."""
+
+    candidate: Path
+    reference: Path
+    quality: Quality
+    chunks: Chunks
+    notes: tuple[str, ...]
+
+
+def evaluate(
+    candidate: Path,
+    reference: Path,
+    files: Sequence[Path] = (),
+    *,
+    ctx_size: int = DEFAULT_CTX_SIZE,
+    n_chunks: int | None = None,
+    settings: Settings | None = None,
+) -> EvaluationResult:
+    """Measure a GGUF against its full-precision reference (a GGUF or a checkpoint folder) on held-out text.
+
+    files: texts, default the held-out text that ships with the package. Both models are run by llama.cpp with the same
+    settings, side by side; no logit file is written. Raises InputError for bad files, texts or different vocabularies.
+    """
+    settings = settings or Settings()
+    read_gguf(candidate)
+    reference_path, notes = reference_gguf(reference, settings)
+    source = open_source(candidate)
+    chunks = _chunks(source, files, "heldout", ctx_size, n_chunks)
+    calibrated_on = source.metadata.get("quantize.imatrix.dataset")
+    overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
+    if overlap:
+        notes.append(f"{', '.join(overlap)} is also the calibration text of this file: its figures flatter; evaluate on other text")
+    quality = measure_quality(candidate, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
+    return EvaluationResult(candidate, reference, quality, chunks, (*notes, *chunks.notes))

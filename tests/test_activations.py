@@ -1,0 +1,460 @@
+"""activations.py: both engines show the inputs that the weights really get; oracles are numpy and the whole model at once."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopgguf import ggml
+from loopgguf.activations import (
+    GgmlTensor,
+    collect_from_checkpoint,
+    collect_from_gguf,
+    read_tensor,
+    score_tokens,
+    split_experts,
+    split_matrices,
+    strip_name,
+    summarize_pass,
+)
+from loopgguf.calibration import default_text, load_chunks
+from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.errors import InputError
+from loopgguf.formats import GgmlType
+from loopgguf.llama import Model
+from loopgguf.statistics import Columns, ColumnSums
+
+THREADS = 1  # the engines' threads spin at barriers, which makes them slow beside other processes
+
+
+class Recorder:
+    """An accumulator that keeps copies of everything it is shown."""
+
+    def __init__(self) -> None:
+        self.slabs: dict[tuple[str, int | None], list[np.ndarray]] = {}
+
+    def add(self, name: str, matrix: int | None, X: np.ndarray) -> None:
+        self.slabs.setdefault((name, matrix), []).append(X.copy())
+
+    def all(self, name: str, matrix: int | None = None) -> np.ndarray:
+        return np.concatenate(self.slabs[name, matrix])
+
+
+def squares(X: np.ndarray) -> np.ndarray:
+    return (X.astype(np.float64) ** 2).sum(axis=0)
+
+
+@pytest.fixture(scope="module")
+def chunks(demo_gguf: Path) -> np.ndarray:
+    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
+    with Model(demo_gguf, vocab_only=True) as model:
+        return load_chunks(model, [default_text("calibration")], 128, 4).tokens
+
+
+@pytest.fixture(scope="module")
+def demo_tensors(demo_gguf: Path):
+    file = read_gguf(demo_gguf)
+    return lambda name: read_floats(file, name)
+
+
+def read_floats(file: GgufFile, name: str) -> np.ndarray:
+    info = next(t for t in file.tensors if t.name == name)
+    packed = np.fromfile(file.path, np.uint8, info.n_bytes, offset=info.offset)
+    n_rows = int(np.prod(info.shape[:-1], dtype=int))
+    return ggml.decode_rows(info.type, packed.reshape(n_rows, -1)).reshape(info.shape)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon) * weight
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------------
+
+
+def test_score_tokens_is_the_naive_softmax():
+    """Catches slabs that are cut wrongly, and overflow with large logits."""
+    rng = np.random.default_rng(1)
+    logits = (rng.standard_normal((150, 11)) * 5 + 700).astype(np.float32)
+    targets = rng.integers(0, 11, 150).astype(np.int32)
+    p = np.exp(logits.astype(np.float64) - 700)
+    naive = -np.log(p[np.arange(150), targets] / p.sum(axis=1))
+    np.testing.assert_allclose(score_tokens(logits, targets), naive, rtol=1e-12, atol=1e-12)
+
+
+def test_summarize_pass_by_hand():
+    """Catches a standard error of the logarithm printed as one of the perplexity (imatrix.cpp: nll2 * ppl)."""
+    result = summarize_pass(np.log([2.0, 8.0]))
+    assert result.n_tokens == 2
+    assert result.perplexity == pytest.approx(4)
+    assert result.standard_error == pytest.approx(4 * np.log(2))
+    with pytest.raises(InputError, match="got NaN or infinity"):
+        summarize_pass(np.array([1.0, np.nan]))
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        (b"blk.0.attn_k.weight", "blk.0.attn_k.weight"),
+        (b"CUDA0#blk.0.attn_k.weight#0", "blk.0.attn_k.weight"),
+        (b"CUDA0#blk.0.attn_k.weight", "blk.0.attn_k.weight"),
+    ],
+)
+def test_strip_name(raw: bytes, name: str):
+    """Catches an imatrix full of device copies' names, which matches no weight (imatrix.cpp, filter_tensor_name)."""
+    assert strip_name(raw) == name
+
+
+def test_read_tensor_follows_strides():
+    """Catches expert ids read as if they were contiguous: they are a view of the sorted list of all experts."""
+    backing = np.arange(40, dtype=np.int32).reshape(5, 8)
+    tensor = GgmlTensor(type=GgmlType.I32, ne=(2, 5, 1, 1), nb=(4, 32, 160, 160), data=backing.ctypes.data)
+    got = read_tensor(tensor, "<i4")
+    assert got.shape == (1, 1, 5, 2)
+    assert (got[0, 0] == backing[:, :2]).all()
+    assert ctypes.sizeof(GgmlTensor) == 336
+
+
+@pytest.mark.parametrize("n_slots", [1, 2])
+def test_split_experts_is_imatrix_cpps_double_loop(n_slots: int):
+    """Catches up/gate (one input for all experts) confused with down (one input per slot), and unreached experts left out."""
+    rng = np.random.default_rng(2)
+    X = rng.standard_normal((6, n_slots, 3)).astype(np.float32)
+    ids = np.array([[0, 2], [2, 0], [4, 2], [0, 4], [2, 4], [4, 0]], np.int32)
+    sums, counts = np.zeros((5, 3)), np.zeros(5)
+    for slot in range(ids.shape[1]):
+        for row in range(ids.shape[0]):
+            counts[ids[row, slot]] += 1
+            sums[ids[row, slot]] += X[row, slot % n_slots].astype(np.float64) ** 2
+    parts = dict(split_experts(X, ids, 5))
+    assert list(parts) == [0, 1, 2, 3, 4]
+    assert [len(part) for part in parts.values()] == counts.tolist()
+    np.testing.assert_allclose([squares(part) for part in parts.values()], sums, rtol=1e-6)
+
+
+def test_split_matrices():
+    """Catches heads of a stacked weight mixed, and a batch dimension of inputs dropped under a plain weight."""
+    X = np.arange(3 * 4 * 2, dtype=np.float32).reshape(1, 3, 4, 2)
+    [(matrix, flat)] = split_matrices(X, (1, 1))
+    assert matrix is None and flat.shape == (12, 2)
+    stacked = dict(split_matrices(X, (1, 3)))
+    assert list(stacked) == [0, 1, 2] and (stacked[1] == X[0, 1]).all()
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_pass(demo_gguf: Path, chunks: np.ndarray):
+    recorder, sums, seen = Recorder(), ColumnSums(), []
+    result = collect_from_gguf(demo_gguf, chunks, [recorder, sums], n_threads=THREADS, progress=lambda *step: seen.append(step))
+    return recorder, sums.columns(), result, seen
+
+
+def test_llama_cpp_collects_what_llama_imatrix_does(llama_pass, chunks: np.ndarray):
+    """Catches lost weights, attention's own products taken for weights, and the head collected without being asked."""
+    _, columns, result, seen = llama_pass
+    kinds = ("attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_up")
+    assert sorted(columns) == sorted(f"blk.{i}.{kind}.weight" for i in range(6) for kind in kinds)
+    assert all(c.counts.tolist() == [chunks.size] for c in columns.values())  # the last layer sees all tokens too
+    assert result.n_tokens == 4 * (128 - 1 - 64)
+    assert [step[1:] for step in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_first_layer_equals_numpy(llama_pass, chunks: np.ndarray, demo_tensors):
+    """Catches inputs read from the wrong operand or at the wrong stride: blk.0's q, k, v read the normalised embedding."""
+    recorder, columns, _, _ = llama_pass
+    X = rms_norm(demo_tensors("token_embd.weight")[chunks.reshape(-1)], demo_tensors("blk.0.attn_norm.weight"))
+    for kind in "qkv":
+        np.testing.assert_allclose(recorder.all(f"blk.0.attn_{kind}.weight"), X, atol=1e-4)
+        np.testing.assert_allclose(columns[f"blk.0.attn_{kind}.weight"].sum_squares[0], squares(X), rtol=1e-5)
+
+
+def test_sums_equal_float64_sums_of_the_same_inputs(llama_pass):
+    """Catches accumulation error beyond 1e-4 on any column of any weight."""
+    recorder, columns, _, _ = llama_pass
+    for name, c in columns.items():
+        np.testing.assert_allclose(c.sum_squares[0], squares(recorder.all(name)), rtol=1e-5)
+
+
+def test_process_output_adds_the_head(demo_gguf: Path, chunks: np.ndarray):
+    """Catches a flag that does nothing."""
+    sums = ColumnSums()
+    collect_from_gguf(demo_gguf, chunks[:1], [sums], n_threads=THREADS, process_output=True)
+    assert "output.weight" in sums.columns()
+
+
+def test_an_accumulators_error_ends_the_pass(demo_gguf: Path, chunks: np.ndarray):
+    """Catches an exception swallowed by ctypes, after which half of the sums are missing."""
+
+    class Failing:
+        def add(self, name: str, matrix: int | None, X: np.ndarray) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_from_gguf(demo_gguf, chunks, [Failing()], n_threads=THREADS)
+
+
+def test_a_gguf_needs_no_torch(demo_gguf: Path):
+    """Catches an import that costs every command on a GGUF three seconds."""
+    code = (
+        "import sys, pathlib, numpy as np; from loopgguf.activations import collect_from_gguf; from loopgguf.statistics import ColumnSums;"
+        f"collect_from_gguf(pathlib.Path({str(demo_gguf)!r}), np.ones((1, 16), np.int32), [ColumnSums()], n_threads=1);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+# --- experts ------------------------------------------------------------------------------------------------------------
+
+N_EMBD, N_FF, N_EXPERT, N_USED, N_HEAD, N_VOCAB = 64, 32, 8, 2, 4, 100
+
+
+@pytest.fixture(scope="module")
+def moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random one-layer Qwen3-MoE in F32 without a tokenizer."""
+    rng = np.random.default_rng(3)
+    d = N_EMBD // N_HEAD
+    shapes = {
+        "token_embd.weight": (N_VOCAB, N_EMBD),
+        "output.weight": (N_VOCAB, N_EMBD),
+        "output_norm.weight": (N_EMBD,),
+        "blk.0.attn_norm.weight": (N_EMBD,),
+        "blk.0.attn_q.weight": (N_EMBD, N_EMBD),
+        "blk.0.attn_k.weight": (N_EMBD, N_EMBD),
+        "blk.0.attn_v.weight": (N_EMBD, N_EMBD),
+        "blk.0.attn_output.weight": (N_EMBD, N_EMBD),
+        "blk.0.attn_q_norm.weight": (d,),
+        "blk.0.attn_k_norm.weight": (d,),
+        "blk.0.ffn_norm.weight": (N_EMBD,),
+        "blk.0.ffn_gate_inp.weight": (N_EXPERT, N_EMBD),
+        "blk.0.ffn_gate_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+        "blk.0.ffn_up_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+        "blk.0.ffn_down_exps.weight": (N_EXPERT, N_EMBD, N_FF),
+    }
+    keys = {"block_count": 1, "context_length": 64, "embedding_length": N_EMBD, "feed_forward_length": N_FF, "expert_feed_forward_length": N_FF}
+    keys |= {"attention.head_count": N_HEAD, "attention.head_count_kv": N_HEAD, "attention.key_length": d, "attention.value_length": d}
+    keys |= {"expert_count": N_EXPERT, "expert_used_count": N_USED, "vocab_size": N_VOCAB}
+    metadata = {"general.architecture": string("qwen3moe"), "tokenizer.ggml.model": string("none")}
+    metadata |= {f"qwen3moe.{key}": uint32(value) for key, value in keys.items()}
+    metadata |= {"qwen3moe.attention.layer_norm_rms_epsilon": float32(1e-6), "qwen3moe.rope.freq_base": float32(10000)}
+    path = tmp_path_factory.mktemp("moe") / "moe.gguf"
+    write_gguf(path, metadata, [(n, GgmlType.F32, (rng.standard_normal(s) * s[-1] ** -0.5).astype(np.float32)) for n, s in shapes.items()])
+    return path
+
+
+def test_experts_get_their_own_sums_and_counts(moe_gguf: Path):
+    """Catches experts mixed up: numpy routes the router's own inputs and computes each expert's inputs again."""
+    tokens = np.random.default_rng(4).integers(0, N_VOCAB, (2, 32)).astype(np.int32)
+    recorder, sums = Recorder(), ColumnSums()
+    collect_from_gguf(moe_gguf, tokens, [recorder, sums], n_threads=THREADS)
+    columns = sums.columns()
+    file = read_gguf(moe_gguf)
+    X = recorder.all("blk.0.ffn_gate_inp.weight")
+    chosen = np.argsort(-(X @ read_floats(file, "blk.0.ffn_gate_inp.weight").T), axis=1)[:, :N_USED]
+    W_gate, W_up = (read_floats(file, f"blk.0.ffn_{kind}_exps.weight") for kind in ("gate", "up"))
+    for expert in range(N_EXPERT):
+        mine = X[(chosen == expert).any(axis=1)]
+        gate = mine @ W_gate[expert].T
+        down = gate / (1 + np.exp(-gate)) * (mine @ W_up[expert].T)
+        for kind, inputs in (("gate", mine), ("up", mine), ("down", down)):
+            c = columns[f"blk.0.ffn_{kind}_exps.weight"]
+            assert c.counts[expert] == len(mine)
+            np.testing.assert_allclose(c.sum_squares[expert], squares(inputs), rtol=1e-4, atol=1e-6)
+    assert columns["blk.0.ffn_down_exps.weight"].counts.sum() == tokens.size * N_USED
+
+
+def test_unreached_experts_are_counted_zero(moe_gguf: Path):
+    """Catches counts that have fewer entries than the model has experts."""
+    sums = ColumnSums()
+    collect_from_gguf(moe_gguf, np.full((1, 16), 7, np.int32), [sums], n_threads=THREADS)
+    counts = sums.columns()["blk.0.ffn_up_exps.weight"].counts
+    assert len(counts) == N_EXPERT and counts.sum() == 16 * N_USED
+    assert (counts == 0).any()
+
+
+# --- transformers -------------------------------------------------------------------------------------------------------
+
+
+def run_checkpoint(folder: Path, chunks: np.ndarray, **options: object) -> tuple[dict[str, Columns], object]:
+    sums = ColumnSums()
+    result = collect_from_checkpoint(folder, chunks, [sums], n_threads=THREADS, **options)  # type: ignore[arg-type]
+    return sums.columns(), result
+
+
+@pytest.fixture(scope="module")
+def torch_pass(demo_model: Path, chunks: np.ndarray):
+    seen = []
+    columns, result = run_checkpoint(demo_model, chunks, process_output=True, progress=lambda *step: seen.append(step))
+    return columns, result, seen
+
+
+LINEARS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+LINEARS |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def assert_equals_whole_model(folder: Path, chunks: np.ndarray, columns: dict[str, Columns], perplexity: float) -> None:
+    """Run all chunks through the whole model at once and compare the inputs of its linears."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(chunks).long()).logits
+    head = inputs.pop("lm_head")
+    if "output.weight" in columns:
+        np.testing.assert_allclose(columns["output.weight"].sum_squares[0], squares(head.flatten(0, 1).numpy()), rtol=1e-4)
+    assert len(inputs) == len(set(columns) - {"output.weight"})
+    for hf, X in inputs.items():
+        layer, kind = hf.removeprefix("model.layers.").split(".", 1)
+        got = columns[f"blk.{layer}.{LINEARS[kind]}.weight"]
+        assert got.counts.tolist() == [chunks.size]
+        np.testing.assert_allclose(got.sum_squares[0], squares(X.flatten(0, 1).numpy()), rtol=1e-4, err_msg=hf)
+    first = chunks.shape[1] // 2
+    targets = torch.from_numpy(chunks[:, first + 1 :]).long().flatten()
+    nll = torch.nn.functional.cross_entropy(logits[:, first:-1].flatten(0, 1), targets)
+    assert perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
+
+
+def test_layer_by_layer_equals_the_whole_model(demo_model: Path, chunks: np.ndarray, torch_pass):
+    """Catches wrong positions, masks or rope buffers, a layer's weights mixed up, and a wrong perplexity."""
+    columns, result, seen = torch_pass
+    assert_equals_whole_model(demo_model, chunks, columns, result.perplexity)
+    assert "output.weight" in columns
+    assert seen[-1][1] == seen[-1][2] == len(seen)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 16}),
+    ],
+)
+def test_every_family_equals_its_whole_model(family: str, options: dict[str, object], tmp_path: Path):
+    """Catches a family whose buffers, biases, norms, windows or tied head are lost on the way through single layers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **options, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.2)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = np.random.default_rng(6).integers(0, 300, (2, 32)).astype(np.int32)
+    columns, result = run_checkpoint(tmp_path, tokens, process_output=True)
+    assert_equals_whole_model(tmp_path, tokens, columns, result.perplexity)
+
+
+def test_engines_agree_on_f32(demo_gguf: Path, chunks: np.ndarray, torch_pass, tmp_path: Path):
+    """Catches names or columns permuted between the engines, and every difference that BF16 rounding could hide."""
+    file = read_gguf(demo_gguf)
+    path = tmp_path / "f32.gguf"
+    write_gguf(path, file.metadata, [(t.name, GgmlType.F32, read_floats(file, t.name)) for t in file.tensors])
+    sums = ColumnSums()
+    result = collect_from_gguf(path, chunks, [sums], n_threads=THREADS, process_output=True)
+    assert set(sums.columns()) == set(torch_pass[0])
+    for name, c in sums.columns().items():
+        assert (torch_pass[0][name].counts == c.counts).all()
+        np.testing.assert_allclose(torch_pass[0][name].sum_squares, c.sum_squares, rtol=2e-3, err_msg=name)
+    assert torch_pass[1].perplexity == pytest.approx(result.perplexity, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_engines_agree_on_bf16(demo_model: Path, demo_gguf: Path):
+    """Catches more than the rounding of activations to BF16 inside llama.cpp: 1 % on every column, of enough tokens to average it."""
+    with Model(demo_gguf, vocab_only=True) as model:
+        tokens = load_chunks(model, [default_text("calibration")], 512, 32).tokens
+    by_torch, _ = run_checkpoint(demo_model, tokens)
+    sums = ColumnSums()
+    collect_from_gguf(demo_gguf, tokens, [sums], n_threads=2)
+    for name, c in sums.columns().items():
+        np.testing.assert_allclose(by_torch[name].sum_squares, c.sum_squares, rtol=0.01, err_msg=name)
+
+
+def test_spilled_hidden_states_change_nothing(demo_model: Path, chunks: np.ndarray, torch_pass):
+    """Catches chunks that come back from the temporary file in another order."""
+    columns, result = run_checkpoint(demo_model, chunks, hidden_limit_bytes=0)
+    assert result == torch_pass[1]
+    assert all((c.sum_squares == torch_pass[0][name].sum_squares).all() for name, c in columns.items())
+
+
+@pytest.fixture
+def broken(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo folder to damage."""
+    return Path(shutil.copytree(demo_model, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def test_tied_head_is_the_embedding(broken: Path, chunks: np.ndarray):
+    """Catches a tied model that is scored with a head it does not have, and `output.weight` collected for it."""
+    edit_config(broken, tie_word_embeddings=True)
+    columns, result = run_checkpoint(broken, chunks[:1], process_output=True)
+    assert "output.weight" not in columns
+    assert result.perplexity > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["NewForCausalLM"]}, "NewForCausalLM"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "code.NewConfig"}}, "config.json"),
+        ({"model_type": "qwen2"}, "got 'qwen2', a Qwen2ForCausalLM"),
+        ({"num_hidden_layers": 7}, "model.layers.6.* is missing"),
+        ({"vocab_size": 64}, "token ids: got up to"),
+        ({"intermediate_size": 640}, r"weights of model.layers.0.\* in .* do not fit config.json"),
+        ({"hidden_size": "wide"}, "hidden_size in config.json"),
+        ({"attention_dropout": "much"}, "transformers cannot build"),
+    ],
+)
+def test_unfit_config_is_refused(broken: Path, chunks: np.ndarray, changes: dict[str, object], said: str):
+    """Catches code of the folder run, another class computed in silence, and tracebacks from inside transformers."""
+    edit_config(broken, **changes)
+    (broken / "code.py").write_text("raise SystemExit('code of the model was run')", encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        run_checkpoint(broken, chunks)
+
+
+def test_damaged_weights_are_refused(broken: Path, chunks: np.ndarray):
+    """Catches tracebacks of safetensors, a pickle that is opened, and an index that leads out of the folder."""
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"cannot read .*model.safetensors"):
+        run_checkpoint(broken, chunks)
+    weights.rename(broken / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no \.safetensors file"):
+        run_checkpoint(broken, chunks)
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}}), encoding="utf-8")
+    with pytest.raises(InputError, match="weight_map in"):
+        run_checkpoint(broken, chunks)
+
+
+def test_nan_weights_name_the_weight_that_sees_them(broken: Path, chunks: np.ndarray):
+    """Catches an imatrix made of a damaged model."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"activations of blk\.2\.ffn_down\.weight"):
+        run_checkpoint(broken, chunks)

@@ -1,0 +1,126 @@
+"""How much memory `loopgguf quantize` takes above a bare Python interpreter: the same for a model of any size (Linux).
+
+    python tools/bench_memory.py [--folder DIR] [--sizes 1GB,4GB] [--quant-type Q4_K_M] [--no-imatrix]
+
+Runs the command as a user would, with `--max-buffer-size 64`, from a checkpoint folder and from a BF16 GGUF, on two
+synthetic models with a vocabulary of 128,000 tokens. The figure is the peak of the process's resident memory (VmHWM:
+file-backed pages of mapped inputs count; its children, the tokenizer proof and the load test, do not), less that of an
+interpreter that does nothing. The bars: at most 500 MB from a folder, 200 MB from a GGUF, and the same figure ± 10 %
+for every size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthetic_model import find_or_make
+
+from loopgguf.formats import parse_size
+
+BARS_MB = {"folder": 500, "GGUF": 200}
+SAME_WITHIN = 0.10
+POLL_SECONDS = 0.003
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def read_peak_bytes(pid: int) -> int:
+    """Return the highest resident memory a running process has had; 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def measure_bare() -> int:
+    """Return the peak of an interpreter that does nothing, in bytes."""
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        peak = read_peak_bytes(child.pid)
+        child.communicate(b"\n")
+    return peak
+
+
+def measure_peak(command: list[str]) -> tuple[int, float]:
+    """Run a command to its end; return the peak of its own process in bytes (polled: the kernel's mark only rises), and seconds."""
+    peak, start = 0, time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            peak = max(peak, read_peak_bytes(child.pid))
+            time.sleep(POLL_SECONDS)
+        if child.returncode != 0:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}\n{log.read().decode(errors='replace')}")
+    return peak, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The peak of one run above a bare interpreter."""
+
+    kind: str  # of the input: a key of BARS_MB
+    size: str
+    above_bare_bytes: int
+    seconds: float
+
+
+def measure_model(folder: Path, size: str, options: argparse.Namespace, bare_bytes: int) -> list[Figure]:
+    """Return the figures of one synthetic model, from its folder and from its GGUF."""
+    model = find_or_make(folder, parse_size(size), options.vocab)
+    output = folder / f"bench-output-{os.getpid()}.gguf"
+    figures = []
+    for kind, path in (("folder", model.checkpoint), ("GGUF", model.gguf)):
+        command = [sys.executable, "-m", "loopgguf.cli", "quantize", str(path), "-o", str(output), "--overwrite", "--quant-type", options.quant_type]
+        command += ["--max-buffer-size", "64"]
+        command += ["--no-imatrix"] if options.no_imatrix else ["--imatrix", str(model.imatrix)]
+        peak, seconds = measure_peak(command)
+        output.unlink()
+        figures.append(Figure(kind, size, peak - bare_bytes, seconds))
+        print(f"  {size} {kind}: {figures[-1].above_bare_bytes / 1e6:.0f} MB, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return figures
+
+
+def print_table(figures: list[Figure], bare_bytes: int) -> bool:
+    """Print the peaks beside their bars; return whether all are met."""
+    met = True
+    print(f"bare interpreter: {bare_bytes / 1e6:.1f} MB; peak of the parent process above it:\n")
+    print("| input  | size | MB above bare | bar MB | to the first size | bar   | seconds |")
+    print("|--------|------|--------------:|-------:|------------------:|-------|--------:|")
+    for figure in sorted(figures, key=lambda f: list(BARS_MB).index(f.kind)):
+        first = next(f for f in figures if f.kind == figure.kind)
+        change = figure.above_bare_bytes / first.above_bare_bytes - 1
+        megabytes, bar = figure.above_bare_bytes / 1e6, BARS_MB[figure.kind]
+        met &= megabytes <= bar and abs(change) <= SAME_WITHIN
+        print(f"| {figure.kind:<6} | {figure.size:<4} | {megabytes:>13.1f} | {bar:>6} | {change:>+16.1%} | ±{SAME_WITHIN:.0%} | {figure.seconds:>7.0f} |")
+    return met
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loopgguf-synthetic", help="where the synthetic models are kept")
+    parser.add_argument("--sizes", default="1GB,4GB", help="of the BF16 weights, with commas")
+    parser.add_argument("--vocab", type=int, default=128_000)
+    parser.add_argument("--quant-type", default="Q4_K_M")
+    parser.add_argument("--no-imatrix", action="store_true")
+    options = parser.parse_args()
+    bare_bytes = measure_bare()
+    figures = [figure for size in options.sizes.split(",") for figure in measure_model(options.folder, size, options, bare_bytes)]
+    met = print_table(figures, bare_bytes)
+    print("\nall bars met" if met else "\nNOT all bars met")
+    sys.exit(0 if met else 1)
+
+
+if __name__ == "__main__":
+    main()
