@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import logging
 import math
 import shutil
@@ -32,6 +31,7 @@ from loopgguf.architectures import find_family, read_hyperparameters
 from loopgguf.errors import InputError, OutputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Context, Model
+from loopgguf.safetensor import StoredTensor, load_json, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -284,59 +284,28 @@ def collect_from_gguf(
 # --- transformers -------------------------------------------------------------------------------------------------------
 
 
-class _Weights:
-    """The safetensors files of a checkpoint folder: tensor name → file, opened for as long as a read takes."""
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A folder's config.json and where its weights lie; rows are read when asked for and never mapped."""
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+    folder: Path
+    config: dict[str, object]
+    tensors: Mapping[str, StoredTensor]
 
-        self._open, self._errors = safe_open, (SafetensorError, OSError)
-        self.folder = folder
-        self.file_of = self._list()
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows start…stop of a tensor as stored. Raises InputError when it is missing, or neither F32, F16 nor BF16."""
+        import torch
 
-    def _list(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = _read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
-                raise InputError(f"weight_map in {index}: expected tensor names with files of this folder. Download the checkpoint again")
-            return names
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"no .safetensors file in {self.folder}: pickle files are never opened. Convert the checkpoint to safetensors")
-        return {name: file for file in files for name in self._keys(file)}
-
-    def _keys(self, file: str) -> list[str]:
-        try:
-            with self._open(self.folder / file, framework="pt") as shard:
-                return list(shard.keys())
-        except self._errors as error:
-            raise self._damaged(file, error) from error
-
-    def _damaged(self, file: str, error: Exception) -> InputError:
-        return InputError(f"cannot read {self.folder / file}: {error}. Download the file again")
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor as stored. Raises InputError when it is missing or its file damaged."""
-        file = self.file_of.get(name)
-        if file is None:
+        stored = self.tensors.get(name)
+        if stored is None:
             raise InputError(f"tensor {name} is missing in {self.folder}: convert the model to a BF16 GGUF and compute the imatrix from that")
-        try:
-            with self._open(self.folder / file, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
-        except self._errors as error:
-            raise self._damaged(file, error) from error
-        return tensor
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}. Download the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: got {type(data).__name__}, expected a JSON object. Download the checkpoint again")
-    return data
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(stored.dtype)
+        if dtype is None:
+            raise InputError(f"type of {name} in {stored.path}: got {stored.dtype}, expected F32, F16 or BF16. Give the original checkpoint instead")
+        shape = (len(range(stored.shape[0])[start:stop]), *stored.shape[1:])
+        n_row_bytes = stored.n_bytes // stored.shape[0]
+        raw = np.fromfile(stored.path, np.uint8, shape[0] * n_row_bytes, offset=stored.offset + start * n_row_bytes)
+        return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
 class _HiddenStates:
@@ -386,7 +355,7 @@ class _HiddenStates:
             self._file.close()
 
 
-def _build_model(folder: Path, config: Mapping[str, Any]) -> Any:
+def _build_model(folder: Path, config: dict[str, object]) -> Any:
     """Return the folder's model with all parameters on the meta device and its computed buffers in memory."""
     import torch
     import transformers
@@ -422,7 +391,7 @@ def _compute_buffers(model: Any) -> None:
                 raise InputError(f"buffer {name} of {type(module).__name__} is not computed by this version of transformers; compute the imatrix from a GGUF")
 
 
-def _load(module: Any, prefix: str, weights: _Weights, memory: dict[str, torch.Tensor]) -> None:
+def _load(module: Any, prefix: str, checkpoint: _Checkpoint, memory: dict[str, torch.Tensor]) -> None:
     """Give a meta module its weights as float32, in the tensors of `memory` where they fit.
 
     Raises InputError for a missing weight or a wrong shape.
@@ -430,20 +399,20 @@ def _load(module: Any, prefix: str, weights: _Weights, memory: dict[str, torch.T
     import torch
 
     for name in module.state_dict():
-        stored = weights.read(prefix + name)
+        stored = checkpoint.read(prefix + name)
         if name not in memory or memory[name].shape != stored.shape:
             memory[name] = torch.empty(stored.shape, dtype=torch.float32)
         memory[name].copy_(stored)
     try:
         module.load_state_dict({name: memory[name] for name in module.state_dict()}, assign=True)
     except RuntimeError as error:  # torch's own words hold both shapes
-        raise InputError(f"weights of {prefix}* in {weights.folder} do not fit config.json: {' '.join(str(error).split())}") from error
+        raise InputError(f"weights of {prefix}* in {checkpoint.folder} do not fit config.json: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
-def _materialized(module: Any, prefix: str, weights: _Weights, memory: dict[str, torch.Tensor]) -> Iterator[None]:
+def _materialized(module: Any, prefix: str, checkpoint: _Checkpoint, memory: dict[str, torch.Tensor]) -> Iterator[None]:
     """Give a module its weights for the time of the block. One `memory` for all layers: the heap would not give it back."""
-    _load(module, prefix, weights, memory)
+    _load(module, prefix, checkpoint, memory)
     try:
         yield
     finally:
@@ -474,7 +443,7 @@ def _layer_arguments(model: Any, n_ctx: int) -> list[dict[str, Any]]:
     return arguments
 
 
-def _weight_names(config: Mapping[str, Any], n_layers: int) -> dict[str, str]:
+def _weight_names(config: dict[str, object], n_layers: int) -> dict[str, str]:
     """Return the GGUF name of every weight of the checkpoint."""
     weights = find_family(config).weights
     return {weight.hf.format(layer=i): weight.gguf.format(layer=i) for weight in weights for i in range(n_layers)}
@@ -495,10 +464,10 @@ class _CheckpointPass:
     """One pass of chunks through a checkpoint folder: embedding, layers, head, each with only its own weights in memory."""
 
     def __init__(self, folder: Path, chunks: TokenArray, accumulators: Sequence[Accumulator], progress: Progress | None, hidden_limit_bytes: int) -> None:
-        self.config = _read_json(folder / "config.json")
-        read_hyperparameters(find_family(self.config), self.config)  # refuses what transformers would trip over
-        self.weights = _Weights(folder)
-        self.model = _build_model(folder, self.config)
+        config = load_json(folder / "config.json")
+        read_hyperparameters(find_family(config), config)  # refuses what transformers would trip over
+        self.checkpoint = _Checkpoint(folder, config, read_weights(folder).tensors)
+        self.model = _build_model(folder, config)
         self.chunks, self.accumulators, self.progress = chunks, accumulators, progress
         self.n_vocab, n_hidden = self.model.config.vocab_size, self.model.config.hidden_size
         if not 0 <= int(chunks.min()) <= int(chunks.max()) < self.n_vocab:
@@ -513,17 +482,17 @@ class _CheckpointPass:
         if self.progress is not None:
             self.progress(PHASE, self.n_done, self.n_steps)
 
-    def refuse_shape(self, name: str, table: torch.Tensor) -> None:
-        expected = (self.n_vocab, self.hidden.shape[1])
-        if table.shape != expected:
-            raise InputError(f"shape of {name} in {self.weights.folder}: got {tuple(table.shape)}, expected {expected} as config.json says")
+    def refuse_shape(self, name: str) -> None:
+        stored, expected = self.checkpoint.tensors.get(name), (self.n_vocab, self.hidden.shape[1])
+        if stored is not None and stored.shape != expected:
+            raise InputError(f"shape of {name} in {stored.path}: got {stored.shape}, expected {expected} as config.json says. Download the checkpoint again")
 
     def embed(self) -> None:
         import torch
 
         embedding = self.model.get_input_embeddings()
-        table = self.weights.read("model.embed_tokens.weight")  # as stored: only the rows in use become float32
-        self.refuse_shape("model.embed_tokens.weight", table)
+        self.refuse_shape("model.embed_tokens.weight")
+        table = self.checkpoint.read("model.embed_tokens.weight")  # as stored: only the rows in use become float32
         embedding.load_state_dict({"weight": table}, assign=True)
         for i, chunk in enumerate(self.chunks):
             self.hidden.write(i, embedding(torch.from_numpy(chunk.astype(np.int64))).to(torch.float32).numpy())
@@ -533,7 +502,7 @@ class _CheckpointPass:
         import torch
 
         prefix, layer = f"model.layers.{i}.", self.layers[i]
-        with _materialized(layer, prefix, self.weights, memory):
+        with _materialized(layer, prefix, self.checkpoint, memory):
             hooks = _watch_linears(layer, prefix, names, self.accumulators)
             for c in range(len(self.chunks)):
                 self.hidden.write(c, layer(torch.from_numpy(self.hidden.read(c))[None], **arguments)[0].numpy())
@@ -550,10 +519,9 @@ class _CheckpointPass:
         targets = torch.from_numpy(self.chunks[:, first + 1 :].astype(np.int64))
         log_total = torch.full(targets.shape, -math.inf, dtype=torch.float64)
         at_target = torch.full(targets.shape, math.nan, dtype=torch.float64)
-        head = self.weights.read(self.head_name)
-        self.refuse_shape(self.head_name, head)
+        self.refuse_shape(self.head_name)
         for start in range(0, self.n_vocab, _VOCAB_SLAB):
-            rows = head[start : start + _VOCAB_SLAB].to(torch.float32)
+            rows = self.checkpoint.read(self.head_name, start, start + _VOCAB_SLAB).to(torch.float32)
             for c in range(len(self.chunks)):
                 logits = norm(torch.from_numpy(self.hidden.read(c)))[first : n_ctx - 1] @ rows.T
                 log_total[c] = torch.logaddexp(log_total[c], torch.logsumexp(logits, dim=1).to(torch.float64))
@@ -567,9 +535,9 @@ class _CheckpointPass:
         import torch
 
         norm = self.model.base_model.norm
-        names = _weight_names(self.config, len(self.layers))
+        names = _weight_names(self.checkpoint.config, len(self.layers))
         self.embed()
-        with _materialized(norm, "model.norm.", self.weights, {}):
+        with _materialized(norm, "model.norm.", self.checkpoint, {}):
             memory: dict[str, torch.Tensor] = {}
             for i, arguments in enumerate(_layer_arguments(self.model, self.chunks.shape[1])):
                 self.run_layer(i, names, arguments, memory)

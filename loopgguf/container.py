@@ -69,6 +69,7 @@ _SCALAR_FORMATS = {
     ValueType.INT64: "<q",
     ValueType.FLOAT64: "<d",
 }
+_STRING_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,23 @@ def _read_scalar(cursor: _Cursor, value_type: ValueType, field: str) -> Scalar:
     return number
 
 
+def _read_strings(cursor: _Cursor, n: int, field: str) -> list[str]:
+    """Return n strings; a loop of its own because a vocabulary has 400,000 tokens and merges."""
+    strings = []
+    for _ in range(n):
+        (n_bytes,) = _STRING_LENGTH.unpack(cursor.take(8, field))
+        strings.append(cursor.take(n_bytes, field).decode("utf-8", "surrogateescape"))
+    return strings
+
+
 def _read_array(cursor: _Cursor, field: str) -> Value:
     item_type = _read_type(cursor, f"item type of {field}")
     if item_type is ValueType.ARRAY:
         cursor.refuse(field, "an array of arrays", "an array of plain values, as llama.cpp does")
-    if item_type in (ValueType.STRING, ValueType.BOOL):
-        n = cursor.count(ValueType.UINT64, f"count of {field}", 8 if item_type is ValueType.STRING else 1)
+    if item_type is ValueType.STRING:
+        return array(item_type, _read_strings(cursor, cursor.count(ValueType.UINT64, f"count of {field}", 8), field))
+    if item_type is ValueType.BOOL:
+        n = cursor.count(ValueType.UINT64, f"count of {field}", 1)
         return array(item_type, (_read_scalar(cursor, item_type, field) for _ in range(n)))
     dtype = np.dtype(_SCALAR_FORMATS[item_type])
     n = cursor.count(ValueType.UINT64, f"count of {field}", dtype.itemsize)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from loopgguf.activations import first_scored, score_tokens
 from loopgguf.container import read_shards
 from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
@@ -139,11 +140,6 @@ def _score_chunk(pool: ThreadPoolExecutor, reference: Logits, candidate: Logits,
 # --- running the models -----------------------------------------------------------------------------------------------
 
 
-def first_scored(n_ctx: int) -> int:
-    """Return the first position whose prediction is scored; the last is n_ctx − 2, so 255 of 512."""
-    return n_ctx // 2
-
-
 class _Runner:
     """One GGUF ready to give the logits of a chunk's scored positions; a context manager."""
 
@@ -246,7 +242,7 @@ def measure_perplexity(path: Path, tokens: NDArray[np.int32], *, n_threads: int,
         _check_tokens(tokens, runner.model, path)
         for number, chunk, targets in _chunks(tokens, "perplexity", progress):
             logits = runner.logits(chunk, number)
-            nll += [-log_softmax(logits[s])[np.arange(len(targets[s])), targets[s]] for s in _slabs(*logits.shape)]
+            nll.append(score_tokens(logits, targets))
     return _exponential(_mean(np.concatenate(nll)))
 
 

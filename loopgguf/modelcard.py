@@ -7,13 +7,14 @@ be carried is left out and said in a note, never an error. Nothing else of the R
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
 from loopgguf.container import Value, ValueType, array, string, uint32
+from loopgguf.documents import load_json
+from loopgguf.errors import InputError
 
 MAX_FRONT_MATTER_BYTES = 1 << 18
 
@@ -179,10 +180,8 @@ def _sampling(folder: Path) -> _Keys:
     if not path.is_file():
         return keys
     try:
-        settings = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
+        settings = load_json(path)
+    except InputError:
         keys.notes.append(f"{keys.file_name} is not carried: not a JSON object")
         return keys
     for name, value_type, spellings in _SAMPLING:

@@ -42,6 +42,12 @@ def shape_text(shape: Sequence[int]) -> str:
     return " × ".join(str(n) for n in shape)
 
 
+def names_text(names: Sequence[str], n_shown: int = 3) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = f" and {len(names) - n_shown} more" if len(names) > n_shown else ""
+    return ", ".join(names[:n_shown]) + more
+
+
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +92,7 @@ def written_lines(result: WriteResult) -> list[str]:
     if fallbacks := summarize_fallbacks(plan):
         lines.append(fallbacks)
     if plan.without_importance:
-        lines.append(f"{len(plan.without_importance)} tensors are encoded without imatrix data: {', '.join(plan.without_importance[:3])}, …")
+        lines.append(f"{len(plan.without_importance)} tensors are encoded without imatrix data: {names_text(plan.without_importance)}")
     if result.is_dry_run:
         return [*lines, f"dry run: nothing was written; would write {', '.join(str(p) for p in result.paths)}"]
     errors = [log.sampled.relative_error for log in result.logs.values() if log.sampled is not None]

@@ -9,7 +9,6 @@ mapped pages stay in memory. Format: the safetensors README.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from loopgguf.container import LFS_POINTER, Shape
+from loopgguf.documents import load_json, parse_object
 from loopgguf.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
-MAX_JSON_BYTES = 100_000_000
 MAX_DIMS = 8
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,37 +56,6 @@ class Weights:
     files: tuple[Path, ...]
     headers: tuple[bytes, ...]
     tensors: Mapping[str, StoredTensor]
-
-
-def load_json(path: Path) -> dict[str, object]:
-    """Return the JSON object in `path`. Raises InputError when it cannot be read, is no UTF-8 JSON object, or names a key twice."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is too large: got {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}. Download it again")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
-    if raw.startswith(LFS_POINTER):
-        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
-    return _parse_object(raw, str(path))
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r:.80} twice")
-    return result
-
-
-def _parse_object(raw: bytes, where: str) -> dict[str, object]:
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # broken UTF-8 and numbers of thousands of digits are ValueErrors too
-        raise InputError(f"malformed JSON in {where}: got {error!s:.120}, expected a JSON object. Download the file again") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"malformed JSON in {where}: got a {type(parsed).__name__}, expected an object. Download the file again")
-    return parsed
 
 
 # --- one file ------------------------------------------------------------------------------------------------------------
@@ -145,7 +113,7 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     Raises InputError naming the field and tensor for anything malformed, truncated, overlapping or not tiling the file.
     """
     header, size = _read_header(path)
-    entries = _parse_object(header, f"the header of {path}")
+    entries = parse_object(header, f"the header of {path}")
     entries.pop("__metadata__", None)
     checked = sorted(((name, *_check_tensor(path, name, entry)) for name, entry in entries.items()), key=lambda t: (t[3], t[4]))
     data_offset, expected = 8 + len(header), 0

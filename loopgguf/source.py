@@ -34,10 +34,11 @@ from loopgguf.architectures import (
     tensor_order,
 )
 from loopgguf.container import GgufFile, Shape, TensorInfo, Value, is_gguf, read_shards, string, uint32
+from loopgguf.documents import load_json
 from loopgguf.errors import InputError, UsageError
 from loopgguf.formats import GgmlType, row_bytes
 from loopgguf.modelcard import read_model_card
-from loopgguf.safetensor import StoredTensor, Weights, load_json, read_weights
+from loopgguf.safetensor import StoredTensor, Weights, read_weights
 from loopgguf.vocabulary import read_vocabulary
 
 ReadRows = Callable[[int, int], NDArray[np.uint8]]

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -101,14 +101,14 @@ def _open(model: Path, settings: Settings) -> tuple[Source, list[str]]:
     source = open_source(model, pre_tokenizer=settings.pre_tokenizer)
     notes = list(source.notes)
     if source.is_checkpoint:
-        notes += _proof(source)
+        notes += _proof(source, forced=settings.pre_tokenizer is not None)
     return source, notes
 
 
-def _proof(source: Source) -> list[str]:
+def _proof(source: Source, *, forced: bool) -> list[str]:
     remembered = cache_path("vocabulary", content_key(__version__, source.fingerprint, str(source.metadata.get("tokenizer.ggml.pre"))), ".txt")
     if not remembered.exists():
-        found = "\n".join(prove_vocabulary(source.path, source.metadata))
+        found = "\n".join(prove_vocabulary(source.path, source.metadata, forced=forced))
         remembered.write_text(found, encoding="utf-8")
     return remembered.read_text(encoding="utf-8").splitlines()
 
@@ -164,31 +164,43 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     _refuse_same_file(output, source.files)
     chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples, parse_special=request.parse_special)
     statistics, run = _collect(source, request, chunks, settings)
-    check_coverage(statistics, source.tensors)
+    check_coverage(statistics, source.tensors)  # a hole here is our bug or a model we do not understand: never save it
     save_imatrix(statistics, output, overwrite=settings.overwrite)
     return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks)))
 
 
-def _coverage_notes(statistics: Statistics, source: Source) -> list[str]:
-    """Refuse an imatrix of another model; say what it has no weight for (which tensors lack data is told of the plan)."""
-    unused = check_coverage(statistics, source.tensors).unused
-    return [f"imatrix: {len(unused)} of its entries are of no tensor of this model: {', '.join(unused[:3])}"] if unused else []
+@dataclass(frozen=True)
+class _Importance:
+    """The statistics that a quantization uses, the file name they go by, and where they came from in words."""
+
+    statistics: Statistics
+    name: str
+    notes: tuple[str, ...]
 
 
-def _imatrix_for(source: Source, imatrix: Path | None, request: ImatrixRequest, settings: Settings) -> tuple[Statistics, str, list[str]]:
-    """Return statistics and the file name they go by: the given file, the one made before for the same model and text, or a new one."""
-    if imatrix is not None:
-        return load_imatrix(imatrix), imatrix.name, []
+def _given_importance(source: Source, imatrix: Path) -> _Importance:
+    coverage = check_coverage(load_imatrix(imatrix), source.tensors)
+    unused = f"imatrix: {len(coverage.unused)} of its entries are of no tensor of this model: {', '.join(coverage.unused[:3])}"
+    return _Importance(coverage.statistics, imatrix.name, (unused,) if coverage.unused else ())
+
+
+def _made_importance(source: Source, request: ImatrixRequest, settings: Settings) -> _Importance:
+    """Return the statistics made before for the same model and text, or new ones, which are kept."""
     chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
+    text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
     if cached.exists():
-        return load_imatrix(cached), name, [f"imatrix: taken from {cached}, made before from the same model and text ({', '.join(chunks.names)})"]
+        return _Importance(load_imatrix(cached), name, (f"imatrix: taken from {cached}, made before from the same model and {text}",))
     statistics, run = _collect(source, request, chunks, settings)
     save_imatrix(statistics, cached)
-    text = f"{', '.join(chunks.names)}, {len(chunks.tokens)} chunks of {request.ctx_size} tokens"
     made = f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}"
-    return statistics, name, [made, *_calibration_notes(chunks)]
+    return _Importance(statistics, name, (made, *_calibration_notes(chunks)))
+
+
+def _will_be_collected(name: str) -> bool:
+    """Tell whether an imatrix that we make has data for a tensor: the layers' weights, neither the head nor embeddings."""
+    return name.startswith("blk.")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -207,17 +219,17 @@ def _refuse_same_file(output: Path, inputs: Sequence[Path]) -> None:
             raise OutputError(f"output {output} is the input {path}: nothing was written; choose another name with -o")
 
 
-def _output_metadata(source: Source, plan: Plan, statistics: Statistics | None, imatrix_name: str) -> dict[str, Value]:
+def _output_metadata(source: Source, plan: Plan, importance: _Importance | None) -> dict[str, Value]:
     """Return the source's metadata with what this file is and came from; names only, no paths."""
     metadata = dict(source.metadata)
     metadata["general.quantization_version"] = uint32(2)
     metadata["general.file_type"] = uint32(plan.file_type)
     metadata["general.quantized_by"] = string("loopgguf")
-    if statistics is not None and any(row.uses_imatrix for row in plan.rows):
-        metadata["quantize.imatrix.file"] = string(imatrix_name)
-        metadata["quantize.imatrix.dataset"] = string(", ".join(statistics.datasets))
-        metadata["quantize.imatrix.entries_count"] = uint32(len(statistics.columns))
-        metadata["quantize.imatrix.chunks_count"] = uint32(statistics.n_chunks)
+    if importance is not None and any(row.uses_imatrix for row in plan.rows):
+        metadata["quantize.imatrix.file"] = string(importance.name)
+        metadata["quantize.imatrix.dataset"] = string(", ".join(Path(dataset).name for dataset in importance.statistics.datasets))
+        metadata["quantize.imatrix.entries_count"] = uint32(len(importance.statistics.columns))
+        metadata["quantize.imatrix.chunks_count"] = uint32(importance.statistics.n_chunks)
     metadata["loopgguf.version"] = string(__version__)
     metadata["loopgguf.intent"] = string(plan.intent)
     metadata["loopgguf.plan_hash"] = string(plan.hash)
@@ -260,7 +272,7 @@ def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapp
 
 
 def _write_model(
-    source: Source, plan: Plan, files: Sequence[tuple[Path, Layout]], statistics: Statistics | None, settings: Settings, notes: Sequence[str]
+    source: Source, plan: Plan, files: Sequence[tuple[Path, Layout]], importance: _Importance | None, settings: Settings, notes: Sequence[str]
 ) -> WriteResult:
     """Encode, flush, verify and publish; nothing stays behind if any of it fails."""
     seconds: dict[str, float] = {}
@@ -279,7 +291,7 @@ def _write_model(
                 part.write_at(0, layout.header)
             logs = execute(
                 [job for part, layout in parts for job in _jobs(source, rows, layout, part)],
-                lambda name: statistics.importance(name) if statistics is not None else None,
+                lambda name: importance.statistics.importance(name) if importance is not None else None,
                 n_threads=settings.n_threads,
                 max_buffer_bytes=settings.max_buffer_bytes,
                 progress=settings.progress,
@@ -296,24 +308,16 @@ def _write_model(
 
 
 def _finish(
-    source: Source,
-    plan: Plan,
-    output: Path,
-    statistics: Statistics | None,
-    imatrix_name: str,
-    keep_split: bool,
-    dry_run: bool,
-    settings: Settings,
-    notes: Sequence[str],
+    source: Source, plan: Plan, output: Path, importance: _Importance | None, settings: Settings, notes: Sequence[str], *, keep_split: bool, dry_run: bool
 ) -> WriteResult:
     """Lay the files out to the byte; stop there for a dry run, else write them."""
-    files = _layouts(source, plan, _output_metadata(source, plan, statistics, imatrix_name), output, keep_split)
+    files = _layouts(source, plan, _output_metadata(source, plan, importance), output, keep_split)
     if dry_run:
         return WriteResult(plan, tuple(p for p, _ in files), sum(layout.total_bytes for _, layout in files), {}, {}, "", tuple(notes), is_dry_run=True)
     for path, _ in files:
         _refuse_same_file(path, source.files)
         refuse_existing(path, overwrite=settings.overwrite)
-    return _write_model(source, plan, files, statistics, settings, notes)
+    return _write_model(source, plan, files, importance, settings, notes)
 
 
 @dataclass(frozen=True)
@@ -344,24 +348,23 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     source, notes = _open(model, settings)
     if output is not None:
         _refuse_same_file(output, source.files)
-    preview = _plan(source, request, None if not request.use_imatrix else "all")
-    statistics, imatrix_name = None, ""
-    if request.use_imatrix and any(row.uses_imatrix for row in preview.rows) and not (request.dry_run and request.imatrix is None):
-        statistics, imatrix_name, more = _imatrix_for(source, request.imatrix, request.calibration, settings)
-        notes += [*more, *_coverage_notes(statistics, source)]
-    plan = preview if statistics is None else _plan(source, request, statistics)
+    importance: _Importance | None = None
+    if request.imatrix is not None:
+        importance = _given_importance(source, request.imatrix)
+        plan = _plan(source, request, importance.statistics.columns.__contains__)
+    else:
+        plan = _plan(source, request, _will_be_collected if request.use_imatrix else None)
+        if any(row.uses_imatrix for row in plan.rows) and not request.dry_run:
+            importance = _made_importance(source, request.calibration, settings)
     name = f"{model_name(model)}-{request.quant_type.upper()}" if request.quant_type else f"{model_name(model)}-LG-{nearest_label(plan)}"
-    return _finish(source, plan, output or Path(f"{name}.gguf"), statistics, imatrix_name, request.keep_split, request.dry_run, settings, notes)
+    notes += importance.notes if importance is not None else ()
+    return _finish(source, plan, output or Path(f"{name}.gguf"), importance, settings, notes, keep_split=request.keep_split, dry_run=request.dry_run)
 
 
-def _plan(source: Source, request: QuantizeRequest, statistics: Statistics | str | None) -> Plan:
-    def has_importance(name: str) -> bool:
-        return statistics is not None and (isinstance(statistics, str) or name in statistics.columns)
-
+def _plan(source: Source, request: QuantizeRequest, has_importance: Callable[[str], bool] | None) -> Plan:
     if request.quant_type is not None:
-        return plan_preset(source.tensors, source.metadata, request.quant_type, request.rules, has_importance if statistics is not None else None)
-    profile = load_profile(request.profile)
-    return plan_profile(source.tensors, source.metadata, profile, request.rules, has_importance if statistics is not None else None)
+        return plan_preset(source.tensors, source.metadata, request.quant_type, request.rules, has_importance)
+    return plan_profile(source.tensors, source.metadata, load_profile(request.profile), request.rules, has_importance)
 
 
 def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, dry_run: bool = False, settings: Settings | None = None) -> WriteResult:
@@ -370,7 +373,7 @@ def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, d
     source, notes = _open(model, settings)
     plan = plan_conversion(source.tensors, source.metadata, outtype)
     output = output or Path(f"{model_name(model)}-{outtype.upper()}.gguf")
-    return _finish(source, plan, output, None, "", False, dry_run, settings, notes)
+    return _finish(source, plan, output, None, settings, notes, keep_split=False, dry_run=dry_run)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -387,7 +390,7 @@ def reference_gguf(model: Path, settings: Settings | None = None) -> tuple[Path,
         return path, [*notes, f"reference: {path} ({path.stat().st_size:,} bytes), converted before from the same checkpoint"]
     is_float32 = any(tensor.type is GgmlType.F32 and len(tensor.shape) > 1 for tensor in source.tensors)
     plan = plan_conversion(source.tensors, source.metadata, "f32" if is_float32 else "auto")
-    result = _finish(source, plan, path, None, "", False, False, settings, notes)
+    result = _finish(source, plan, path, None, settings, notes, keep_split=False, dry_run=False)
     return path, [*notes, f"reference: {model} converted to {path} ({result.total_bytes:,} bytes on disk, kept for the next run)"]
 
 

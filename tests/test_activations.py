@@ -439,13 +439,13 @@ def test_damaged_weights_are_refused(broken: Path, chunks: np.ndarray):
     """Catches tracebacks of safetensors, a pickle that is opened, and an index that leads out of the folder."""
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(InputError, match=r"cannot read .*model.safetensors"):
+    with pytest.raises(InputError, match=r"model\.safetensors"):
         run_checkpoint(broken, chunks)
     weights.rename(broken / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"no \.safetensors file"):
+    with pytest.raises(InputError, match="only as pickle"):
         run_checkpoint(broken, chunks)
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}}), encoding="utf-8")
-    with pytest.raises(InputError, match="weight_map in"):
+    with pytest.raises(InputError, match=r"got '../x\.safetensors'"):
         run_checkpoint(broken, chunks)
 
 

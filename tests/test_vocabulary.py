@@ -21,7 +21,7 @@ from loopgguf.vocabulary import PRE_TOKENIZERS, TORTURE_TEXT, TokenType, Vocabul
 
 LLAMA_CONFIG = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
 N_BPE = 700
-N_SPM = 700
+N_SPM = 1200
 EDIT = Callable[[dict[str, Any]], None]
 
 
@@ -68,7 +68,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=N_SPM - 20,
         model_type="bpe",
         byte_fallback=True,
-        character_coverage=0.9,
+        character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,
@@ -239,7 +239,7 @@ def test_nfc_differences_are_noted_not_refused(tmp_path: Path) -> None:
     vocabulary = read_vocabulary(tmp_path, {}, N_BPE)
     (note,) = prove_vocabulary(tmp_path, vocabulary.metadata)
     assert note.startswith("tokenizer.json normalizes text to NFC, which llama.cpp does not")
-    wrong = vocabulary.metadata | {"tokenizer.ggml.pre": string("llama-bpe")}
+    wrong = vocabulary.metadata | {"tokenizer.ggml.pre": string("gpt-2")}
     with pytest.raises(InputError, match="differ at token"):
         prove_vocabulary(tmp_path, wrong)
 
@@ -318,9 +318,9 @@ def test_sentencepiece_without_dummy_prefix(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(TORTURE_TEXT), encoding="utf-8")
     options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=650, model_type="bpe", character_coverage=0.9, **options
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=1100, model_type="bpe", character_coverage=0.98, **options
     )
-    vocabulary = read_vocabulary(tmp_path, {}, 650)
+    vocabulary = read_vocabulary(tmp_path, {}, 1100)
     assert data(vocabulary, "add_space_prefix") is False
     assert prove_vocabulary(tmp_path, vocabulary.metadata) == ()
 

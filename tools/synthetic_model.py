@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from loopgguf.container import read_gguf
 from loopgguf.formats import parse_size
 from loopgguf.statistics import NEVER_COLLECTED, Columns, Statistics, save_imatrix
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 500_000_000
 HEAD_DIM = 64
 N_GQA = 4  # query heads per key/value head, as in Llama 3
@@ -268,7 +270,8 @@ def make_checkpoint(folder: Path, size_bytes: int, vocab_size: int = 128_000, se
 def make_gguf(folder: Path, path: Path) -> None:
     """Convert a checkpoint folder to a BF16 GGUF at `path` with `loopgguf convert`, replacing what is there."""
     command = [sys.executable, "-m", "loopgguf.cli", "convert", str(folder), "-o", str(path), "--outtype", "bf16", "--overwrite"]
-    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)  # standard output belongs to a benchmark's table
 
 
 def make_imatrix(gguf: Path, path: Path, seed: int = 0) -> None:

@@ -1,0 +1,279 @@
+"""Every command from the outside: its success, its exit codes, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopgguf import cli
+from loopgguf.container import read_gguf
+from loopgguf.statistics import Columns, Statistics, save_imatrix
+
+Run = Callable[..., "Outcome"]
+
+
+class Outcome:
+    """What a command printed and the code it exited with."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def error(self) -> str:
+        """The one line of the error; fails when there is none or a traceback."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line in an empty folder with an empty cache."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def broken_model(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo model to break."""
+    return Path(shutil.copytree(demo_model, tmp_path / "broken"))
+
+
+def _short_text(tmp_path: Path, demo_model: Path) -> Path:
+    text = tmp_path / "short.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    return text
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_help_is_instant_and_complete() -> None:
+    """A heavy import at the top of a module that the command line touches: numpy, torch, transformers, llama_cpp."""
+    code = "import sys\nfrom loopgguf import cli\ntry:\n cli.main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch','transformers','numpy','llama_cpp') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert done.stdout.rstrip().endswith("[]")
+    for command in ("imatrix", "quantize", "convert", "evaluate", "inspect", "profiles"):
+        assert command in done.stdout
+
+
+def test_gguf_input_never_imports_torch(demo_gguf: Path, tmp_path: Path) -> None:
+    """Two to three seconds of imports, and hundreds of megabytes, for a command that needs neither."""
+    code = (
+        "import sys\nfrom loopgguf import cli\ntry:\n cli.main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code, e.code\n"
+        "print([m for m in ('torch','transformers') if m in sys.modules])"
+    )
+    arguments = ["quantize", str(demo_gguf), "-o", str(tmp_path / "x.gguf"), "--quant-type", "Q4_0", "--no-imatrix"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.stdout.rstrip().endswith("[]"), done.stderr
+
+
+def test_the_whole_job(run: Run, demo_model: Path, tmp_path: Path) -> None:
+    """imatrix → quantize (which takes it again from the cache the second time) → evaluate → inspect, as a user types them."""
+    text = _short_text(tmp_path, demo_model)
+    made = run("imatrix", demo_model, "-f", text, "-c", 128, "--samples", 4, "-o", "demo.imatrix.gguf")
+    assert made.code == 0 and "perplexity" in made.out
+    assert run("imatrix", demo_model, "-f", text, "-c", 128, "-o", "demo.imatrix.gguf").code == 4
+
+    written = run("quantize", demo_model, "-o", "demo.gguf", "--imatrix", "demo.imatrix.gguf")
+    assert written.code == 0 and "bits per weight" in written.out and "wrote demo.gguf" in written.out
+    metadata = read_gguf(Path("demo.gguf")).metadata
+    assert metadata["quantize.imatrix.file"].data == "demo.imatrix.gguf"
+    assert metadata["quantize.imatrix.dataset"].data == "short.txt"
+    assert metadata["loopgguf.intent"].data == "profile balanced"
+    assert not any(str(tmp_path) in str(value.data) for value in metadata.values()), "a path of this machine leaked into the file"
+
+    measured = run("evaluate", "demo.gguf", "--reference", demo_model, "-f", text, "-c", 128, "--chunks", 2, "--json")
+    assert measured.code == 0
+    quality = json.loads(measured.out)
+    assert quality["n_scored"] == 2 * 63
+    assert 0 < quality["measured"]["Mean KLD"]["value"] < 1
+    assert "20000" in quality["measured"]["99.9% KLD"]["omitted"]
+
+    shown = run("inspect", "demo.gguf", "--tensors")
+    assert shown.code == 0 and "IQ4_XS" in shown.out and "general.architecture" in shown.out
+    shown = run("inspect", "demo.imatrix.gguf")
+    assert shown.code == 0 and "blk.0.attn_q.weight" in shown.out
+
+
+def test_quantize_makes_its_own_imatrix_once(run: Run, demo_gguf: Path, tmp_path: Path, demo_model: Path) -> None:
+    """Calibrating again for each file of the same model, or taking the imatrix of another text."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day, and the clocks were striking. " * 120, encoding="utf-8")
+    first = run("quantize", demo_gguf, "-f", text, "--quant-type", "Q4_K_S")
+    assert first.code == 0 and "imatrix: made from text.txt" in first.err
+    again = run("quantize", demo_gguf, "-f", text, "--quant-type", "q5_k_s")
+    assert again.code == 0 and "imatrix: taken from" in again.err
+    text.write_text("Another text altogether, about ships and the sea they sail. " * 120, encoding="utf-8")
+    other = run("quantize", demo_gguf, "-f", text, "--quant-type", "Q4_K_S", "--overwrite")
+    assert other.code == 0 and "imatrix: made from" in other.err
+
+
+def test_convert_and_json_and_profiles(run: Run, demo_model: Path) -> None:
+    """Commands that are only ever imported, never run."""
+    assert run("convert", demo_model, "--outtype", "Q8_0", "-o", "x.gguf").code == 0
+    planned = run("quantize", demo_model, "--quant-type", "Q4_0", "--dry-run", "--json")
+    assert planned.code == 0 and json.loads(planned.out)["dry_run"] is True
+    listed = run("profiles")
+    assert listed.code == 0 and all(name in listed.out for name in ("balanced", "attention-high", "compression-max"))
+
+
+def test_underscores_in_option_names(run: Run, demo_gguf: Path) -> None:
+    """Users of other tools type `--quant_type`."""
+    assert run("quantize", demo_gguf, "--quant_type", "Q8_0", "--dry_run").code == 0
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _refused(outcome: Outcome, code: int, *words: object) -> None:
+    """One line with all of these words, the documented code, and nothing written."""
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert str(word) in outcome.error, outcome.error
+    left = [path for path in Path.cwd().rglob("*") if path.suffix in (".gguf", ".part")]
+    assert left == []
+
+
+def test_missing_config(run: Run, broken_model: Path) -> None:
+    """A traceback instead of the name of the file that is missing."""
+    (broken_model / "config.json").unlink()
+    _refused(run("quantize", broken_model), 3, "config.json")
+
+
+def test_unknown_architecture(run: Run, broken_model: Path) -> None:
+    """`KeyError: 'architectures'` shown to a user."""
+    config = json.loads((broken_model / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["StarshipForCausalLM"]
+    (broken_model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _refused(run("convert", broken_model), 3, "StarshipForCausalLM", "LlamaForCausalLM")
+
+
+def test_pickle_only_folder(run: Run, broken_model: Path) -> None:
+    """Unpickling what a stranger wrote, or a message that does not say how to go on."""
+    (broken_model / "model.safetensors").rename(broken_model / "pytorch_model.bin")
+    _refused(run("convert", broken_model), 3, "pytorch_model.bin", "safetensors")
+
+
+def test_truncated_shard(run: Run, broken_model: Path) -> None:
+    """A download that stopped: the tail of the weights would be read as zeros or crash late."""
+    path = broken_model / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+    _refused(run("convert", broken_model), 3, "model.safetensors")
+
+
+def test_index_that_leaves_the_folder(run: Run, broken_model: Path) -> None:
+    """An index entry with `../` that reads files outside of the model."""
+    weight_map = {"model.embed_tokens.weight": "../elsewhere.safetensors"}
+    (broken_model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    (broken_model / "model.safetensors").unlink()
+    _refused(run("convert", broken_model), 3, "../elsewhere.safetensors", "model.safetensors.index.json")
+
+
+def test_nan_weights(run: Run, broken_model: Path) -> None:
+    """NaN that becomes a block scale and a file that says nothing but `!!!!`."""
+    path = broken_model / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-2:] = b"\xc0\x7f"
+    path.write_bytes(raw)
+    _refused(run("quantize", broken_model, "--quant-type", "Q4_0", "--no-imatrix"), 3, "NaN", ".weight")
+
+
+def test_imatrix_of_another_model(run: Run, demo_model: Path) -> None:
+    """A silent quantization without importance."""
+    columns = {"blk.0.attn_q.weight": Columns(np.ones((1, 64), np.float32), np.ones(1, np.float32))}
+    save_imatrix(Statistics(columns, ("x.txt",), 1, 512), Path("other.imatrix.dat"))
+    _refused(run("quantize", demo_model, "--imatrix", "other.imatrix.dat"), 3, "blk.0.attn_q.weight", "another model")
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "too short"])
+def test_empty_calibration_text(run: Run, demo_model: Path, text: str) -> None:
+    """An imatrix of nothing, or a division by zero."""
+    Path("empty.txt").write_text(text, encoding="utf-8")
+    _refused(run("imatrix", demo_model, "-f", "empty.txt"), 3, "empty.txt")
+
+
+def test_disk_full(run: Run, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A truncated file under its final name."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.gguf"), 4, "x.gguf.part", "No space left", "free some space")
+
+
+def test_unwritable_output(run: Run, demo_gguf: Path) -> None:
+    """`basic_ios::clear: iostream error`."""
+    Path("file").write_text("not a folder", encoding="utf-8")
+    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "file/x.gguf"), 4, "file/x.gguf")
+
+
+def test_existing_output_is_kept(run: Run, demo_gguf: Path) -> None:
+    """Hours of work, or somebody else's file, overwritten without asking."""
+    Path("x.bin").write_text("precious", encoding="utf-8")
+    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.bin"), 4, "x.bin", "--overwrite")
+    assert Path("x.bin").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("link", ["same", "hard", "symbolic"])
+def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, link: str) -> None:
+    """llama-quantize once truncated its own input this way."""
+    source = tmp_path / "source.gguf"
+    shutil.copy(demo_gguf, source)
+    target = source
+    if link != "same":
+        target = tmp_path / "link.gguf"
+        (os.link if link == "hard" else os.symlink)(source, target)
+    before = source.read_bytes()
+    _refused(run("quantize", source, "--quant-type", "Q4_0", "--no-imatrix", "-o", target, "--overwrite"), 4, "is the input")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quant-type", "Q9_X"], ["Q9_X", "Q4_K_M"]),
+        (["--quant-type", "IQ2_XXS", "--no-imatrix"], ["imatrix"]),
+        (["--profile", "unheard-of"], ["unheard-of", "balanced"]),
+        (["--profile", "balanced", "--quant-type", "Q4_0"], ["--profile", "--quant-type"]),
+        (["--tensor-type", "nothing_matches=Q8_0"], ["nothing_matches"]),
+        (["--tensor-type", "attn_v"], ["REGEX=TYPE"]),
+        (["--tensor-type", "attn_(v=Q8_0"], ["attn_(v"]),
+        (["--max-buffer-size", "lots"], ["lots"]),
+        (["--imatrix", "a.gguf", "--no-imatrix"], ["--no-imatrix"]),
+    ],
+)
+def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments: list[str], words: list[str]) -> None:
+    """A request that is half obeyed, in silence."""
+    _refused(run("quantize", demo_gguf, *arguments), 2, *words)
+
+
+def test_not_a_model(run: Run, tmp_path: Path) -> None:
+    """A file of another kind, a missing one, and an empty folder."""
+    (tmp_path / "text.gguf").write_text("hello", encoding="utf-8")
+    _refused(run("quantize", tmp_path / "text.gguf"), 3, "text.gguf")
+    _refused(run("quantize", tmp_path / "nowhere"), 3, "nowhere")
+    (tmp_path / "empty").mkdir()
+    _refused(run("imatrix", tmp_path / "empty"), 3, "config.json")
+    _refused(run("inspect", tmp_path / "nowhere.gguf"), 3, "nowhere.gguf")

@@ -1,0 +1,131 @@
+"""The main line: same source and plan, same bytes, from either kind of source; splits; dry runs to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from upstream import differing
+
+from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
+from loopgguf.errors import QualityError
+from loopgguf.ggml import GgmlType
+from loopgguf.planner import TypeRules
+from loopgguf.source import open_source
+from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
+
+WITHOUT = QuantizeRequest(quant_type="Q4_K_M", use_imatrix=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_same_bytes_for_any_number_of_threads_and_buffer(demo_model: Path) -> None:
+    """A slab boundary or a race that shows in the file."""
+    files = []
+    for i, settings in enumerate((Settings(n_threads=1), Settings(n_threads=2), Settings(n_threads=5, max_buffer_bytes=1 << 16))):
+        files.append(quantize(demo_model, Path(f"{i}.gguf"), WITHOUT, settings).paths[0])
+    assert len({_sha256(path) for path in files}) == 1
+
+
+def test_folder_and_its_conversion_make_the_same_tensors(demo_model: Path) -> None:
+    """A permutation or a rounding that only one of the two ways has."""
+    converted = convert(demo_model, Path("demo-bf16.gguf")).paths[0]
+    direct = quantize(demo_model, Path("a.gguf"), WITHOUT).paths[0]
+    detour = quantize(converted, Path("b.gguf"), WITHOUT).paths[0]
+    assert differing(direct, detour) == []
+
+
+def test_dry_run_is_exact_and_writes_nothing(demo_model: Path, tmp_path: Path) -> None:
+    """An estimate where a size to the byte was promised."""
+    planned = quantize(demo_model, Path("x.gguf"), QuantizeRequest(quant_type="Q5_K_M", use_imatrix=False, dry_run=True))
+    assert not Path("x.gguf").exists()
+    written = quantize(demo_model, Path("x.gguf"), QuantizeRequest(quant_type="Q5_K_M", use_imatrix=False))
+    assert written.paths[0].stat().st_size == planned.total_bytes == written.total_bytes
+    assert written.plan.hash == planned.plan.hash
+
+
+def test_the_file_says_what_it_is(demo_model: Path) -> None:
+    """Loaders that guess the type, and files whose origin nobody can tell."""
+    metadata = read_gguf(quantize(demo_model, Path("x.gguf"), WITHOUT).paths[0]).metadata
+    assert metadata["general.file_type"].data == 15
+    assert metadata["general.quantization_version"].data == 2
+    assert metadata["loopgguf.intent"].data == "preset Q4_K_M"
+    assert not any(key.startswith("quantize.imatrix") for key in metadata)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_conversions_measure_as_close_as_they_should(demo_model: Path, outtype: str) -> None:
+    """A conversion that loads and speaks but is not the same model."""
+    path = convert(demo_model, Path(f"{outtype}.gguf"), outtype).paths[0]
+    quality = evaluate(path, demo_model, n_chunks=4, ctx_size=256).quality
+    assert quality.mean_kld_nats.value < {"f32": 1e-4, "f16": 1e-4, "bf16": 1e-9, "q8_0": 1e-3}[outtype]
+
+
+def test_split_sources(demo_gguf: Path, tmp_path: Path) -> None:
+    """Shards merged in the wrong order, or shards of the output that llama.cpp does not find."""
+    source = open_source(demo_gguf)
+    halves = [source.tensors[:20], source.tensors[20:]]
+    for number, tensors in enumerate(halves):
+        split = {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, 2)}
+        split["split.tensors.count"] = Value(ValueType.INT32, len(source.tensors))
+        layout = plan_layout({**source.metadata, **split} if number == 0 else split, [(t.name, t.type, t.shape) for t in tensors])
+        raw = bytearray(layout.total_bytes)
+        raw[: len(layout.header)] = layout.header
+        for info, tensor in zip(layout.tensors, tensors, strict=True):
+            raw[info.offset : info.offset + info.n_bytes] = tensor.read_rows(0, tensor.n_rows).tobytes()
+        shard_path(Path("model.gguf"), number + 1, 2).write_bytes(raw)
+    whole = quantize(demo_gguf, Path("whole.gguf"), WITHOUT).paths[0]
+    merged = quantize(Path("model-00001-of-00002.gguf"), Path("merged.gguf"), WITHOUT)
+    assert differing(merged.paths[0], whole) == []
+    assert not any(key.startswith("split.") for key in read_gguf(merged.paths[0]).metadata)
+    kept = quantize(Path("model-00001-of-00002.gguf"), Path("kept.gguf"), QuantizeRequest(quant_type="Q8_0", use_imatrix=False, keep_split=True))
+    assert [path.name for path in kept.paths] == ["kept-00001-of-00002.gguf", "kept-00002-of-00002.gguf"]
+    shards = read_shards(kept.paths[0])
+    assert [len(file.tensors) for file in shards] == [20, len(source.tensors) - 20]
+    assert kept.sample_text
+
+
+def test_requantizing_is_asked_for(demo_model: Path) -> None:
+    """A quality trap that users fall into without a word."""
+    small = quantize(demo_model, Path("small.gguf"), QuantizeRequest(quant_type="Q8_0", use_imatrix=False)).paths[0]
+    again = QuantizeRequest(quant_type="Q4_0", use_imatrix=False, rules=TypeRules(allow_requantize=True))
+    assert quantize(small, Path("smaller.gguf"), again).plan.rows[0].source_type is GgmlType.Q8_0
+
+
+def test_nothing_is_published_that_does_not_verify(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file that gets its name before anybody looks."""
+    from loopgguf import pipeline
+
+    execute = pipeline._run
+
+    def damage(slab: pipeline._Slab) -> pipeline.SampledError | None:
+        sampled = execute(slab)
+        if slab.job.row.name == "blk.3.ffn_down.weight":
+            slab.job.part.write_at(slab.job.info.offset + slab.job.info.n_bytes // 2, b"\x55" * 600)
+        return sampled
+
+    monkeypatch.setattr(pipeline, "_run", damage)
+    with pytest.raises(QualityError, match=r"blk\.3\.ffn_down\.weight"):
+        quantize(demo_model, Path("x.gguf"), WITHOUT)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x.gguf")] == []
+
+
+def test_imatrix_of_folder_and_gguf_agree(demo_model: Path, demo_gguf: Path) -> None:
+    """One engine that counts other tokens, other columns or another model than the other."""
+    request = ImatrixRequest(n_samples=4, ctx_size=128)
+    ours = compute_imatrix(demo_model, Path("a.imatrix.gguf"), request).statistics
+    theirs = compute_imatrix(demo_gguf, Path("b.imatrix.gguf"), request).statistics
+    assert ours.columns.keys() == theirs.columns.keys()
+    for name in ours.columns:
+        a, b = ours.importance(name), theirs.importance(name)
+        assert a is not None and b is not None
+        assert abs(a / b - 1).mean() < 0.01, name
