@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 
 from loopgguf import ggml
 from loopgguf.architectures import find_family, read_hyperparameters
+from loopgguf.documents import load_json
 from loopgguf.errors import InputError, OutputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Context, Model
-from loopgguf.safetensor import StoredTensor, load_json, read_weights
+from loopgguf.safetensor import StoredTensor, read_weights
 
 if TYPE_CHECKING:
     import torch

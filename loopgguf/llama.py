@@ -61,7 +61,7 @@ class Model:
         params.vocab_only = vocab_only
         params.n_gpu_layers = 0
         params.use_extra_bufts = False
-        self.pointer = binding.llama_model_load_from_file(str(path).encode(), params)
+        self.pointer = binding.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise InputError(f"llama.cpp cannot load {path}{_cause()}: an architecture, tokenizer or type it does not know, or damaged data")
         self.vocab = binding.llama_model_get_vocab(self.pointer)
@@ -83,9 +83,13 @@ class Model:
 
     def token_text(self, token: int) -> bytes:
         """Return the bytes a token stands for; empty for control tokens."""
-        buffer = ctypes.create_string_buffer(256)
-        n = int(binding.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
-        return buffer.raw[: max(n, 0)]
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = int(binding.llama_token_to_piece(self.vocab, token, buffer, size, 0, False))
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
 
     def __enter__(self) -> Model:
         return self

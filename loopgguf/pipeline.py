@@ -169,6 +169,7 @@ def execute(
     def slabs() -> Iterator[_Slab]:
         for job in jobs:
             importance = importances(job.row.name) if job.row.uses_imatrix else None
+            assert importance is not None or not job.row.uses_imatrix, f"the plan counts on imatrix data that {job.row.name} does not have"
             if importance is not None:
                 importance, n_floored = sanitize_importance(importance)
                 logs[job.row.name] = TensorLog(n_floored=n_floored)

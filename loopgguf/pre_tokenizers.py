@@ -1,4 +1,20 @@
-# --- the pre-tokenizers llama.cpp knows -------------------------------------------------------------------------------
+"""The pre-tokenizers that llama.cpp knows by name, and the name for the one that a byte-level tokenizer.json describes.
+
+A name is found by the structure of tokenizer.json, not by a hash of token ids as in llama.cpp's converter. That a name
+does what the table says is left to `proof`. Regexes are compared as text; none is compiled or run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from loopgguf.documents import JsonObject
+from loopgguf.errors import InputError
 
 _WORDS_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -37,14 +53,14 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_DEEPSEEK, _DIGIT),
     "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _WORDS_DEEPSEEK3),
 }
-# same splits, but the other value of what tokenizer.json says: (merges are not skipped, spaces are cleaned up)
+# the name for the same splits where merges are not ignored, and where decoding cleans up spaces
 _WITHOUT_IGNORE_MERGES = {"llama-bpe": "smaug-bpe"}
 _WITH_CLEAN_SPACES = {"smollm": "starcoder"}
+SPM = "default"  # the name that goes with SentencePiece vocabularies; they have no pre-tokenizer
 # llama.cpp prepends BOS for these unless the file says otherwise
-_SPM = "default"
-_ADDS_BOS = (_SPM, "llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "chameleon")
+ADDS_BOS = (SPM, "llama-bpe", "tekken", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "chameleon")
 # llama.cpp writes \p{M} out of the letters of these, so words of Indic scripts, Thai or vowel-pointed Hebrew fall apart
-_SPLITS_MARKS = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie")
+SPLITS_MARKS = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie")
 
 
 def _split_step(step: JsonObject) -> str:
@@ -63,23 +79,36 @@ def _split_step(step: JsonObject) -> str:
     return json.dumps(step, sort_keys=True, ensure_ascii=False)
 
 
-def _steps(section: object, members: str) -> list[JsonObject]:
-    """Return the steps of a normalizer, pre_tokenizer or post_processor, sequences flattened."""
+def flatten_steps(section: object, members: str) -> list[JsonObject]:
+    """Return the steps of a normalizer, pre_tokenizer or post_processor of a tokenizer.json, sequences flattened.
+
+    members: the key under which a Sequence of this kind keeps its parts.
+    """
     if not isinstance(section, dict):
         return []
     if section.get("type") != "Sequence":
         return [section]
     inner = section.get(members)
-    return [step for part in inner for step in _steps(part, members)] if isinstance(inner, list) else []
+    return [step for part in inner for step in flatten_steps(part, members)] if isinstance(inner, list) else []
 
 
 def _split_steps(tokenizer: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(text for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers") if (text := _split_step(step)))
+    return tuple(text for step in flatten_steps(tokenizer.get("pre_tokenizer"), "pretokenizers") if (text := _split_step(step)))
 
 
 def _likeness(known: tuple[str, ...], steps: tuple[str, ...]) -> float:
     """Return how alike two pre-tokenizers are written, 0 to 1, by their first 600 characters."""
     return difflib.SequenceMatcher(None, " ".join(known)[:600], " ".join(steps)[:600], autojunk=False).ratio()
+
+
+def _unknown(steps: tuple[str, ...], path: Path) -> InputError:
+    digest = hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
+    nearest = ", ".join(sorted(PRE_TOKENIZERS, key=lambda name: -_likeness(PRE_TOKENIZERS[name], steps))[:3])
+    shown = json.dumps(steps, ensure_ascii=False)
+    return InputError(
+        f"unknown pre-tokenizer in {path}: got a pre_tokenizer of structure {digest} ({shown[:120]}…), expected one that llama.cpp has a name for. "
+        f"Nearest known: {nearest}. Pass --pre-tokenizer NAME to choose one; the token ids are then compared all the same"
+    )
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, object], *, clean_spaces: bool = False, path: Path = Path("tokenizer.json")) -> str:
@@ -92,16 +121,8 @@ def find_pre_tokenizer(tokenizer: Mapping[str, object], *, clean_spaces: bool = 
     steps = _split_steps(tokenizer)
     model = tokenizer.get("model")
     ignore_merges = isinstance(model, dict) and bool(model.get("ignore_merges"))
-    for name, known in PRE_TOKENIZERS.items():
-        if steps == known:
-            name = name if ignore_merges else _WITHOUT_IGNORE_MERGES.get(name, name)
-            return _WITH_CLEAN_SPACES.get(name, name) if clean_spaces else name
-    digest = hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
-    nearest = ", ".join(sorted(PRE_TOKENIZERS, key=lambda name: -_likeness(PRE_TOKENIZERS[name], steps))[:3])
-    shown = json.dumps(steps, ensure_ascii=False)
-    raise InputError(
-        f"unknown pre-tokenizer in {path}: got a pre_tokenizer of structure {digest} ({shown[:120]}…), expected one that llama.cpp has a name for. "
-        f"Nearest known: {nearest}. Pass --pre-tokenizer NAME to choose one; the token ids are then compared all the same"
-    )
-
-
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
+    if name is None:
+        raise _unknown(steps, path)
+    name = name if ignore_merges else _WITHOUT_IGNORE_MERGES.get(name, name)
+    return _WITH_CLEAN_SPACES.get(name, name) if clean_spaces else name

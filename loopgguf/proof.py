@@ -1,3 +1,33 @@
+"""The proof that llama.cpp reads a text as the checkpoint's own tokenizer does: token ids compared, with limits.
+
+The folder's tokenizer is tokenizer.json as the `tokenizers` library reads it, or tokenizer.model as sentencepiece does
+where there is no tokenizer.json. Both sides run in a child process (`python -m loopgguf.proof`), for the files are not
+trusted and llama.cpp may end the process; the child has a time and a memory limit. Nothing in the folder is executed.
+Chat templates are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopgguf.container import Value, read_gguf, string, write_gguf
+from loopgguf.documents import JsonObject
+from loopgguf.errors import InputError
+from loopgguf.pre_tokenizers import SPLITS_MARKS, flatten_steps
+from loopgguf.vocabulary import SPACE, TokenizerFiles, TokenType, read_files
+
+Encode = Callable[[str], list[int]]
+
 # What tokenizers disagree about. Original text; each line is compared by itself, then all of it at once.
 TORTURE_TEXT = (
     "The ferry left at dawn, and nobody aboard had slept.",
@@ -47,11 +77,11 @@ class _Reference:
 
 
 def _normal_forms(tokenizer: Mapping[str, object]) -> list[str]:
-    kinds = (str(step.get("type")) for step in _steps(tokenizer.get("normalizer"), "normalizers"))
+    kinds = (str(step.get("type")) for step in flatten_steps(tokenizer.get("normalizer"), "normalizers"))
     return [kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")]
 
 
-def _reference_of_json(files: _Files, controls: Sequence[tuple[int, str]]) -> _Reference:
+def _reference_of_json(files: TokenizerFiles, controls: Sequence[tuple[int, str]]) -> _Reference:
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_file(str(files.tokenizer_path))
@@ -61,7 +91,7 @@ def _reference_of_json(files: _Files, controls: Sequence[tuple[int, str]]) -> _R
     # tokens that only tokenizer_config.json calls special: transformers adds them too
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for _, text in controls if text not in known])
     forms = _normal_forms(files.tokenizer)
-    metaspace = any(step.get("type") == "Metaspace" for step in _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    metaspace = any(step.get("type") == "Metaspace" for step in flatten_steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
 
     def prepare(text: str) -> str:
         for form in forms:
@@ -90,10 +120,10 @@ def _reference_of_sentencepiece(path: Path) -> _Reference:
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=str(path))
-    prefixed = processor.normalize("a") == _SPACE + "a"
+    prefixed = processor.normalize("a") == SPACE + "a"
 
     def prepare(text: str) -> str:
-        normal = str(processor.normalize(text)).replace(_SPACE, " ")
+        normal = str(processor.normalize(text)).replace(SPACE, " ")
         return normal.removeprefix(" ") if prefixed else normal
 
     notes: tuple[str, ...] = ()
@@ -106,9 +136,17 @@ def _around(ids: Sequence[int], at: int) -> str:
     return f"{'… ' if at > 3 else ''}{list(ids[max(at - 3, 0) : at + 6])}"
 
 
-def _describe_difference(text: str, expected: Sequence[int], got: Sequence[int]) -> str:
+def _difference(text: str, expected: Sequence[int], got: Sequence[int]) -> str | None:
+    """Return where the token ids of `text` differ; None where they are the same."""
+    if expected == got:
+        return None
     at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
     return f"at token {at} of {text[:100]!r}: got {_around(got, at)}, expected {_around(expected, at)}"
+
+
+def _compare(reference: _Reference, encode: Encode, text: str) -> str | None:
+    """Return where `encode`, given what llama.cpp is to be given, differs from the reference on `text`; None if nowhere."""
+    return _difference(text, reference.encode(text), encode(reference.prepare(text)))
 
 
 def _has_marks(text: str) -> bool:
@@ -118,17 +156,15 @@ def _has_marks(text: str) -> bool:
 def _compare_text(reference: _Reference, encode: Encode, pre: str, notes: list[str]) -> str | None:
     """Return the first difference on the torture text, line by line and then joined; None if there is none. Lines whose
     combining marks llama.cpp is known to split off are told in `notes` only."""
-    known = [text for text in TORTURE_TEXT if pre in _SPLITS_MARKS and _has_marks(text)]
-    strict = [text for text in TORTURE_TEXT if text not in known]
-    for text in (*strict, "\n".join(strict), *known):
-        expected, got = reference.encode(text), encode(reference.prepare(text))
-        if expected != got and text in known:
-            notes.append(
-                f"llama.cpp splits off combining marks with pre-tokenizer {pre!r}, the tokenizer does not, {_describe_difference(text, expected, got)}"
-            )
-            return None
-        if expected != got:
-            return _describe_difference(text, expected, got)
+    marked = [text for text in TORTURE_TEXT if pre in SPLITS_MARKS and _has_marks(text)]
+    strict = [text for text in TORTURE_TEXT if text not in marked]
+    for text in (*strict, "\n".join(strict)):
+        difference = _compare(reference, encode, text)
+        if difference is not None:
+            return difference
+    difference = next(filter(None, (_compare(reference, encode, text) for text in marked)), None)
+    if difference is not None:
+        notes.append(f"llama.cpp splits off combining marks with pre-tokenizer {pre!r}, the tokenizer does not, {difference}")
     return None
 
 
@@ -136,30 +172,23 @@ def _compare_controls(reference: _Reference, encode: Encode, controls: Sequence[
     """Return the first control token that is not read as itself. What stands around them is told in `notes` only:
     stripped or added spaces at control tokens are properties llama.cpp does not have."""
     for _, text in controls[:_MAX_CONTROL_TOKENS]:
-        expected, got = reference.encode(text), encode(text)
-        if expected != got:
-            return _describe_difference(text, expected, got)
-    text = "".join(f"{token}user\nHello there{token} Hello \n{token}" for _, token in controls[:64])
-    expected, got = reference.encode(text), encode(reference.prepare(text))
-    if expected != got:
-        notes.append(f"text beside control tokens is read with other spaces by llama.cpp, {_describe_difference(text, expected, got)}")
+        difference = _difference(text, reference.encode(text), encode(text))
+        if difference is not None:
+            return difference
+    difference = _compare(reference, encode, "".join(f"{token}user\nHello there{token} Hello \n{token}" for _, token in controls[:64]))
+    if difference is not None:
+        notes.append(f"text beside control tokens is read with other spaces by llama.cpp, {difference}")
     return None
 
 
 def _compare_entries(reference: _Reference, encode: Encode, types: Sequence[int], notes: list[str]) -> None:
     """Note how many of a sample of vocabulary entries, taken as text, are not tokenized alike."""
     normal = [token for token, kind in enumerate(types) if kind == TokenType.NORMAL]
-    differing, n = [], 0
-    for token in normal[:: max(len(normal) // _N_SAMPLED_TOKENS, 1)]:
-        text = reference.decode(token)
-        if not text or "\ufffd" in text:
-            continue
-        n += 1
-        expected, got = reference.encode(text), encode(reference.prepare(text))
-        if expected != got:
-            differing.append(_describe_difference(text, expected, got))
-    if differing:
-        notes.append(f"{len(differing)} of {n} vocabulary entries, taken as text, get other token ids in llama.cpp, the first {differing[0]}")
+    sample = map(reference.decode, normal[:: max(len(normal) // _N_SAMPLED_TOKENS, 1)])
+    differences = [_compare(reference, encode, text) for text in sample if text and "\ufffd" not in text]
+    found = [difference for difference in differences if difference is not None]
+    if found:
+        notes.append(f"{len(found)} of {len(differences)} vocabulary entries, taken as text, get other token ids in llama.cpp, the first {found[0]}")
 
 
 def _compare_ends(reference: _Reference, encode: Encode, notes: list[str]) -> None:
@@ -181,8 +210,8 @@ def _prove(folder: Path, gguf: Path) -> JsonObject:
     assert isinstance(types, list)
     kinds = [int(kind) for kind in types]
     controls = [(token, str(texts[token])) for token, kind in enumerate(kinds) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)]
-    files = _read_files(folder)
-    reference = _reference_of_json(files, controls) if files.tokenizer else _reference_of_sentencepiece(folder / "tokenizer.model")
+    files = read_files(folder)
+    reference = _reference_of_json(files, controls) if files.tokenizer else _reference_of_sentencepiece(files.model_path)
     notes = list(reference.notes)
     with Model(gguf, vocab_only=True) as model:
 
@@ -213,7 +242,7 @@ def _run_child(folder: Path, gguf: Path) -> JsonObject:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")  # each would reserve a stack
     environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(search_path)}
     # -P: the working folder, perhaps the model's own, is not searched for modules
-    command = [sys.executable, "-P", "-m", "loopgguf.vocabulary", str(folder.absolute()), str(gguf), str(limit)]
+    command = [sys.executable, "-P", "-m", "loopgguf.proof", str(folder.absolute()), str(gguf), str(limit)]
     try:
         done = subprocess.run(command, capture_output=True, env=environment, timeout=_TIME_LIMIT_SECONDS, check=False, encoding="utf-8", errors="replace")
     except subprocess.TimeoutExpired as error:

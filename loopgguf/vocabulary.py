@@ -1,53 +1,40 @@
-"""Tokenizer files of a checkpoint folder → the tokenizer.* keys of a GGUF, and the proof that llama.cpp reads them the same.
+"""Tokenizer files of a checkpoint folder → the tokenizer.* keys of a GGUF.
 
 Three kinds are read, the first that fits: SentencePiece (`tokenizer.model` → model "llama"), byte-level BPE
 (`tokenizer.json` → "gpt2"), and BPE with byte fallback as converted from SentencePiece (`tokenizer.json` alone →
 "llama", with scores made from the merge ranks). Keys are those of llama.cpp's converter (conversion/base.py,
 gguf-py/gguf/vocab.py); the differences are wanted and small: the pre-tokenizer is told by the structure of
-tokenizer.json instead of by a hash of token ids, chat templates in files win over tokenizer_config.json as in
-transformers, and scores are never a constant (upstream's -1000 for every token makes llama.cpp merge from the left).
+tokenizer.json, chat templates in files win over tokenizer_config.json as in transformers, and scores are never a
+constant (upstream's -1000 for every token makes llama.cpp merge from the left).
 
-`read_vocabulary` parses JSON and protobuf only, in bounded time and memory, and imports neither transformers nor torch.
-`prove_vocabulary` compares token ids of the `tokenizers` library (or of sentencepiece, where there is no
-tokenizer.json) with llama.cpp's in a child process with limits. Nothing in the folder is executed, templates neither.
-Not read: vocab.json with merges.txt, tekken.json, WordPiece and Unigram vocabularies.
+Parses JSON and protobuf only, in bounded time and memory, and imports neither transformers nor torch. That llama.cpp
+reads the result as the tokenizer does is left to `proof`. Not read: vocab.json with merges.txt, tekken.json, WordPiece
+and Unigram vocabularies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import hashlib
 import json
-import logging
-import os
 import re
-import signal
 import string as characters
-import subprocess
-import sys
-import tempfile
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeGuard, cast
 
-from loopgguf.container import Value, ValueType, array, boolean, read_gguf, string, uint32, write_gguf
+from loopgguf.container import Value, ValueType, array, boolean, string, uint32
+from loopgguf.documents import JsonObject, parse_json
 from loopgguf.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-JsonObject = dict[str, object]
-Encode = Callable[[str], list[int]]
+from loopgguf.pre_tokenizers import ADDS_BOS, SPM, find_pre_tokenizer, flatten_steps
 
 _MAX_FILE_BYTES = 256 << 20  # the largest published tokenizer.json is 35 MB
-_SPACE = "▁"  # SentencePiece writes a space so
+SPACE = "▁"  # SentencePiece writes a space so
 _UNMERGED_SCORE = -1000.0  # of tokens outside the model, as upstream
 _OWN_FILES = "Use the tokenizer files of this very model, or resize its embedding to the tokenizer"
 _FILLER_SCORE = -10000.0
 _LLAMA_TYPES = ("llama", "mistral", "mixtral")  # what upstream's Llama converter handles
+_NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # `bos_token` and so on in tokenizer_config.json
 _SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask", "eot": "eot", "eom": "eom"}
 
 
@@ -80,7 +67,7 @@ class _Added:
 
 
 @dataclass(frozen=True)
-class _Files:
+class TokenizerFiles:
     """The parsed tokenizer files of a folder; empty where a file is missing. `merges` are taken out of `tokenizer`."""
 
     folder: Path
@@ -95,6 +82,20 @@ class _Files:
     @property
     def config_path(self) -> Path:
         return self.folder / "tokenizer_config.json"
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "tokenizer.model"
+
+    @property
+    def is_sentencepiece(self) -> bool:
+        """Whether the vocabulary is read from tokenizer.model: wherever there is one, as upstream."""
+        return self.model_path.is_file()
+
+    @property
+    def main_path(self) -> Path:
+        """The file the vocabulary is read from."""
+        return self.model_path if self.is_sentencepiece else self.tokenizer_path
 
 
 def _wrong(path: Path, key: str, got: object, expected: str, remedy: str = "Download the tokenizer files again") -> InputError:
@@ -112,19 +113,17 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
 
 
-def _read_text(path: Path) -> str:
+def _decode(raw: bytes, path: Path) -> str:
     try:
-        return _read_bytes(path).decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _wrong(path, "text", f"byte {error.object[error.start]:#04x} at byte {error.start}", "UTF-8") from error
 
 
 def _parse_object(raw: bytes, path: Path) -> JsonObject:
     try:
-        parsed = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _wrong(path, "text", f"byte {error.object[error.start]:#04x} at byte {error.start}", "UTF-8") from error
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(_decode(raw, path))
+    except ValueError as error:
         raise InputError(f"{path} is not JSON: {str(error)[:120]}. Download the tokenizer files again") from error
     if not isinstance(parsed, dict):
         raise _wrong(path, "content", parsed, "a JSON object")
@@ -154,6 +153,10 @@ def _merge_text(merge: object) -> str | None:
     return left.replace(" ", "Ġ") + " " + right.replace(" ", "Ġ")
 
 
+def _wrong_merge(path: Path, rank: int, got: object) -> InputError:
+    return _wrong(path, f"model.merges[{rank}]", repr(got), "'left right' or ['left', 'right']")
+
+
 def _take_merges(raw: bytes, path: Path) -> tuple[bytes, list[str]]:
     """Return the JSON text without the items of its "merges", and the merges as 'left right' strings.
 
@@ -170,34 +173,29 @@ def _take_merges(raw: bytes, path: Path) -> tuple[bytes, list[str]]:
     merges: list[str] = []
     while not _LIST_END.match(raw, position):
         run = _MERGES_RUN.match(raw, position)
+        if run is None:
+            raise _wrong_merge(path, len(merges), raw[position : position + 60].decode("utf-8", "replace").strip())
         try:
-            items = json.loads(b"[" + run[0].removesuffix(b",") + b"]") if run else [""]
+            items = json.loads(b"[" + run[0].removesuffix(b",") + b"]")
         except ValueError as error:  # bad UTF-8 or a bad escape
             raise _wrong(path, f"model.merges from item {len(merges)}", str(error)[:80], "UTF-8 and JSON") from error
         for item in items:
             merge = _merge_text(item)
             if merge is None:
-                got = item or raw[position : position + 60].decode("utf-8", "replace").strip()
-                raise _wrong(path, f"model.merges[{len(merges)}]", repr(got), "'left right' or ['left', 'right']")
+                raise _wrong_merge(path, len(merges), item)
             merges.append(merge)
-        assert run is not None
         position = run.end()
     return raw[: keys[0]] + raw[position:], merges
 
 
-def _main_file(folder: Path) -> Path:
-    """Return the file the vocabulary is read from: tokenizer.model where there is one, as upstream."""
-    model = folder / "tokenizer.model"
-    return model if model.is_file() else folder / "tokenizer.json"
-
-
-def _read_files(folder: Path) -> _Files:
+def read_files(folder: Path) -> TokenizerFiles:
+    """Return the parsed tokenizer.json and tokenizer_config.json. Raises InputError for one that is malformed or too large."""
     path = folder / "tokenizer.json"
     config = _read_object(folder / "tokenizer_config.json")
     if not path.is_file():
-        return _Files(folder, {}, [], config)
+        return TokenizerFiles(folder, {}, [], config)
     rest, merges = _take_merges(_read_bytes(path), path)
-    return _Files(folder, _parse_object(rest, path), merges, config)
+    return TokenizerFiles(folder, _parse_object(rest, path), merges, config)
 
 
 def _is_id(value: object) -> TypeGuard[int]:
@@ -210,7 +208,7 @@ def _one_added(path: Path, key: str, token: object, item: object) -> tuple[int, 
     return token, _Added(str(item["content"]), bool(item.get("special")))
 
 
-def _config_added(files: _Files) -> dict[int, _Added]:
+def _config_added(files: TokenizerFiles) -> dict[int, _Added]:
     """Return added_tokens_decoder of tokenizer_config.json, by id."""
     decoder = files.config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -223,7 +221,7 @@ def _config_added(files: _Files) -> dict[int, _Added]:
     return added
 
 
-def _json_added(files: _Files) -> dict[int, _Added]:
+def _json_added(files: TokenizerFiles) -> dict[int, _Added]:
     """Return added_tokens of tokenizer.json, by id."""
     items = files.tokenizer.get("added_tokens") or []
     if not isinstance(items, list):
@@ -237,7 +235,7 @@ def _json_added(files: _Files) -> dict[int, _Added]:
     return added
 
 
-def _special_text(files: _Files, name: str) -> str | None:
+def _special_text(files: TokenizerFiles, name: str) -> str | None:
     """Return the text that tokenizer_config.json gives for `bos_token` and the like."""
     entry = files.config.get(f"{name}_token")
     if isinstance(entry, dict):
@@ -262,12 +260,16 @@ class _Tokens:
     def fillers(cls, n_vocab: int) -> _Tokens:
         return cls([f"[PAD{i}]" for i in range(n_vocab)], [TokenType.UNUSED] * n_vocab, [_FILLER_SCORE] * n_vocab)
 
+    def put(self, token: int, text: str, kind: int, score: float) -> None:
+        self.texts[token], self.types[token], self.scores[token] = text, kind, score
+
     def put_added(self, token: int, added: _Added) -> None:
         """Replace a row by an added token. llama.cpp takes these as already normalized."""
         control = added.special or _looks_special(added.text)
-        self.texts[token] = added.text if control else added.text.replace(_SPACE, " ")
-        self.types[token] = TokenType.CONTROL if control else TokenType.USER_DEFINED
-        self.scores[token] = _UNMERGED_SCORE
+        if control:
+            self.put(token, added.text, TokenType.CONTROL, _UNMERGED_SCORE)
+        else:
+            self.put(token, added.text.replace(SPACE, " "), TokenType.USER_DEFINED, _UNMERGED_SCORE)
 
 
 def _looks_special(text: str) -> bool:
@@ -288,7 +290,7 @@ def _check_texts(tokens: _Tokens, path: Path) -> None:
         raise _wrong(path, "vocabulary", repr(error.object[error.start]), "text that UTF-8 can hold") from error
 
 
-def _read_model_vocab(files: _Files, n_vocab: int) -> _Tokens:
+def _read_model_vocab(files: TokenizerFiles, n_vocab: int) -> _Tokens:
     """Return the tokens of tokenizer.json's BPE model, added tokens laid over, fillers where no token is."""
     path = files.tokenizer_path
     model = files.tokenizer.get("model")
@@ -297,11 +299,11 @@ def _read_model_vocab(files: _Files, n_vocab: int) -> _Tokens:
         raise _wrong(path, "model.vocab", vocab, "an object of token texts and ids")
     tokens = _Tokens.fillers(n_vocab)
     for text, token in vocab.items():
-        if type(token) is not int or not 0 <= token < n_vocab:
+        if not _is_id(token) or token >= n_vocab:
             raise _wrong(path, f"model.vocab[{text!r}]", token, f"an id from 0 to {n_vocab - 1}, the rows of the embedding", _OWN_FILES)
         if tokens.types[token] != TokenType.UNUSED:
             raise _wrong(path, f"model.vocab[{text!r}]", f"id {token}, which {tokens.texts[token]!r} has too", "each id once")
-        tokens.texts[token], tokens.types[token], tokens.scores[token] = text, TokenType.NORMAL, 0.0
+        tokens.put(token, text, TokenType.NORMAL, 0.0)
     for token, added in _all_added(files, vocab).items():
         if token >= n_vocab:
             raise _wrong(path, "added_tokens", f"id {token} for {added.text!r}", f"at most {n_vocab - 1}, the rows of the embedding", _OWN_FILES)
@@ -311,12 +313,12 @@ def _read_model_vocab(files: _Files, n_vocab: int) -> _Tokens:
     return tokens
 
 
-def _all_added(files: _Files, vocab: Mapping[str, object]) -> dict[int, _Added]:
+def _all_added(files: TokenizerFiles, vocab: Mapping[str, object]) -> dict[int, _Added]:
     """Return the added tokens as transformers sees them: those of tokenizer.json, further ones of tokenizer_config.json,
     and tokens of the model that tokenizer_config.json names as bos_token and the like."""
     added = {**_config_added(files), **_json_added(files)}
     texts = {entry.text for entry in added.values()}
-    for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+    for name in _NAMED_TOKENS:
         text = _special_text(files, name)
         token = vocab.get(text) if text is not None and text not in texts else None
         if text is not None and _is_id(token):
@@ -324,7 +326,7 @@ def _all_added(files: _Files, vocab: Mapping[str, object]) -> dict[int, _Added]:
     return added
 
 
-def _set_merge_scores(tokens: _Tokens, files: _Files) -> None:
+def _set_merge_scores(tokens: _Tokens, files: TokenizerFiles) -> None:
     """Give each token a score by the rank of its first merge, so that llama.cpp's SPM, which merges the best-scored pair
     first and the leftmost of equals, merges in the order of the merges. Ranks up to 2^24 are exact in float32."""
     ids = {text: token for token, text in enumerate(tokens.texts)}
@@ -343,7 +345,7 @@ def _set_merge_scores(tokens: _Tokens, files: _Files) -> None:
 _BYTE_TEXT = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def _mark_byte_tokens(tokens: _Tokens, files: _Files) -> None:
+def _mark_byte_tokens(tokens: _Tokens, files: TokenizerFiles) -> None:
     model = files.tokenizer["model"]
     unknown = model.get("unk_token") if isinstance(model, dict) else None
     for token, text in enumerate(tokens.texts):
@@ -355,23 +357,21 @@ def _mark_byte_tokens(tokens: _Tokens, files: _Files) -> None:
             tokens.types[token] = TokenType.UNKNOWN
 
 
-def _read_sentencepiece(files: _Files, n_vocab: int, notes: list[str]) -> _Tokens:
+def _read_sentencepiece(files: TokenizerFiles, n_vocab: int, notes: list[str]) -> _Tokens:
     """Return the tokens of tokenizer.model, overlaid as upstream does with added_tokens.json, then added_tokens_decoder."""
-    path = files.folder / "tokenizer.model"
-    model, space_prefix = _parse_sentencepiece(path)
+    model, space_prefix = _parse_sentencepiece(files.model_path)
     tokens = _Tokens.fillers(n_vocab)
     tokens.space_prefix = space_prefix
     skipped = max(len(model) - n_vocab, 0)
     for token, (text, score, kind) in enumerate(model[:n_vocab]):
         # a symbol that SentencePiece never splits is what llama.cpp calls user-defined; both look for it in the text itself
-        tokens.texts[token] = text.replace(_SPACE, " ") if kind == TokenType.USER_DEFINED else text
-        tokens.types[token], tokens.scores[token] = kind, score
+        tokens.put(token, text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text, kind, score)
     added_path = files.folder / "added_tokens.json"
     for text, number in _read_object(added_path).items():
         if not _is_id(number):
             raise _wrong(added_path, f"id of {text!r}", number, "a token id")
         if number < n_vocab:
-            tokens.texts[number], tokens.types[number], tokens.scores[number] = text, TokenType.USER_DEFINED, _UNMERGED_SCORE
+            tokens.put(number, text, TokenType.USER_DEFINED, _UNMERGED_SCORE)
         skipped += number >= n_vocab
     for token, added in _config_added(files).items():
         if token < n_vocab:
@@ -445,11 +445,11 @@ def _apply_template(specials: _Specials, step: JsonObject) -> None:
         flags["sep"] = (between[0] in ends and not last) or (len(between) == 2 and between[1] in ends)
 
 
-def _read_specials(files: _Files) -> _Specials:
-    names = {name: _special_text(files, name) for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+def _read_specials(files: TokenizerFiles) -> _Specials:
+    names = {name: _special_text(files, name) for name in _NAMED_TOKENS}
     names["bos"], names["eos"] = names["bos"] or names["cls"], names["eos"] or names["sep"]
     specials = _Specials(names, {})
-    for step in _steps(files.tokenizer.get("post_processor"), "processors"):
+    for step in flatten_steps(files.tokenizer.get("post_processor"), "processors"):
         if step.get("type") == "ByteLevel":
             specials.flags.setdefault("bos", False)
             specials.flags.setdefault("eos", False)
@@ -484,8 +484,8 @@ def _special_ids(specials: _Specials, by_text: Mapping[str, int], config: Mappin
 def _settle_bos(specials: _Specials, ids: Mapping[str, int], pre: str, notes: list[str]) -> None:
     """Write add_bos_token where llama.cpp's default would differ from tokenizer.json, or has no token to add."""
     flags = specials.flags
-    adds = flags.get("bos", pre in _ADDS_BOS)
-    if adds and pre != _SPM and "bos" not in ids:
+    adds = flags.get("bos", pre in ADDS_BOS)
+    if adds and pre != SPM and "bos" not in ids:
         flags["bos"] = False
         notes.append("add_bos_token is set to false: the tokenizer names no BOS token, and llama.cpp would take token 11 for it")
     elif adds and "bos" not in flags:
@@ -493,15 +493,15 @@ def _settle_bos(specials: _Specials, ids: Mapping[str, int], pre: str, notes: li
         notes.append("add_bos_token is set to false: tokenizer.json adds no BOS token, llama.cpp would by default")
 
 
-def _read_special_metadata(files: _Files, config: Mapping[str, object], tokens: _Tokens, pre: str, notes: list[str]) -> dict[str, Value]:
+def _read_special_metadata(files: TokenizerFiles, config: Mapping[str, object], tokens: _Tokens, pre: str, notes: list[str]) -> dict[str, Value]:
     """Return the ids of special tokens and the add_*_token flags."""
     specials = _read_specials(files)
     known = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
     by_text = {text: token for token, text in enumerate(tokens.texts) if tokens.types[token] in known}
     ids = _special_ids(specials, by_text, config, len(tokens.texts), notes)
-    if _main_file(files.folder).suffix == ".json":  # with tokenizer.model, transformers' classes add BOS by themselves
+    if not files.is_sentencepiece:  # with tokenizer.model, transformers' classes add BOS by themselves
         _settle_bos(specials, ids, pre, notes)
-    if pre != _SPM and "eos" not in ids:
+    if pre != SPM and "eos" not in ids:
         notes.append("the tokenizer names no EOS token: llama.cpp will take token 11 for it")
     metadata = {f"tokenizer.ggml.{_SPECIAL_KEYS[name]}_token_id": uint32(token) for name, token in ids.items()}
     metadata |= {f"tokenizer.ggml.add_{name}_token": boolean(flag) for name, flag in specials.flags.items()}
@@ -521,11 +521,11 @@ def _named_templates(entries: object, path: Path) -> dict[str, str]:
     return templates
 
 
-def _read_templates(files: _Files) -> dict[str, str]:
+def _read_templates(files: TokenizerFiles) -> dict[str, str]:
     """Return the chat templates by name, the main one as "default"; the first place that has any wins, as in transformers."""
     jinja, legacy = files.folder / "chat_template.jinja", files.folder / "chat_template.json"
     if jinja.is_file():
-        templates = {"default": _read_text(jinja)}
+        templates = {"default": _decode(_read_bytes(jinja), jinja)}
     elif files.config.get("chat_template") is not None:
         templates = _named_templates(files.config["chat_template"], files.config_path)
     elif legacy.is_file():
@@ -533,7 +533,7 @@ def _read_templates(files: _Files) -> dict[str, str]:
     else:
         templates = {}
     for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
-        templates.setdefault(path.stem, _read_text(path))
+        templates.setdefault(path.stem, _decode(_read_bytes(path), path))
     return templates
 
 
@@ -551,16 +551,16 @@ def _template_metadata(templates: Mapping[str, str]) -> dict[str, Value]:
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
 
 
-def _is_byte_level(files: _Files) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
+def _is_byte_level(files: TokenizerFiles) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in flatten_steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers"))
 
 
-def _is_byte_fallback(files: _Files) -> bool:
+def _is_byte_fallback(files: TokenizerFiles) -> bool:
     model = files.tokenizer.get("model")
     return isinstance(model, dict) and bool(model.get("byte_fallback"))
 
 
-def _check_model(files: _Files) -> None:
+def _check_model(files: TokenizerFiles) -> None:
     """Refuse a folder without a tokenizer, and kinds of tokenizer.json that are not read."""
     path = files.tokenizer_path
     if not path.is_file():
@@ -574,12 +574,12 @@ def _check_model(files: _Files) -> None:
         raise _wrong(path, "model.merges", "none", "a list of merges")
 
 
-def _json_prefixes_space(files: _Files) -> bool:
-    steps = _steps(files.tokenizer.get("normalizer"), "normalizers") + _steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers")
+def _json_prefixes_space(files: TokenizerFiles) -> bool:
+    steps = flatten_steps(files.tokenizer.get("normalizer"), "normalizers") + flatten_steps(files.tokenizer.get("pre_tokenizer"), "pretokenizers")
     return any(step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never") for step in steps)
 
 
-def _prefix_metadata(files: _Files, config: Mapping[str, object], tokens: _Tokens) -> dict[str, Value]:
+def _prefix_metadata(files: TokenizerFiles, config: Mapping[str, object], tokens: _Tokens) -> dict[str, Value]:
     """Return add_space_prefix where upstream writes it or llama.cpp's default would be wrong."""
     given = files.config.get("add_prefix_space")
     if isinstance(given, bool) and config.get("model_type") in _LLAMA_TYPES:
@@ -587,12 +587,12 @@ def _prefix_metadata(files: _Files, config: Mapping[str, object], tokens: _Token
     return {} if tokens.space_prefix else {"tokenizer.ggml.add_space_prefix": boolean(False)}
 
 
-def _read_tokens(files: _Files, n_vocab: int, pre_tokenizer: str | None, notes: list[str]) -> tuple[str, str, _Tokens]:
+def _read_tokens(files: TokenizerFiles, n_vocab: int, pre_tokenizer: str | None, notes: list[str]) -> tuple[str, str, _Tokens]:
     """Return tokenizer.ggml.model, tokenizer.ggml.pre and the tokens."""
-    if _main_file(files.folder).suffix == ".model":
+    if files.is_sentencepiece:
         tokens = _read_sentencepiece(files, n_vocab, notes)
-        _check_byte_tokens(tokens, _main_file(files.folder))
-        return "llama", pre_tokenizer or "default", tokens
+        _check_byte_tokens(tokens, files.model_path)
+        return "llama", pre_tokenizer or SPM, tokens
     _check_model(files)
     tokens = _read_model_vocab(files, n_vocab)
     if _is_byte_level(files):
@@ -603,7 +603,7 @@ def _read_tokens(files: _Files, n_vocab: int, pre_tokenizer: str | None, notes: 
     _check_byte_tokens(tokens, files.tokenizer_path)
     _set_merge_scores(tokens, files)
     tokens.space_prefix = _json_prefixes_space(files)
-    return "llama", pre_tokenizer or "default", tokens
+    return "llama", pre_tokenizer or SPM, tokens
 
 
 def _model_extras(config: Mapping[str, object], model: str) -> dict[str, Value]:
@@ -626,9 +626,9 @@ def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pr
     n_vocab, for an unknown pre-tokenizer, and for kinds of tokenizers that are not supported.
     """
     assert n_vocab > 0, n_vocab
-    files, notes = _read_files(folder), list[str]()
+    files, notes = read_files(folder), list[str]()
     model, pre, tokens = _read_tokens(files, n_vocab, pre_tokenizer, notes)
-    _check_texts(tokens, _main_file(folder))
+    _check_texts(tokens, files.main_path)
     metadata = {
         "tokenizer.ggml.model": string(model),
         "tokenizer.ggml.pre": string(pre),
@@ -639,9 +639,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pr
         metadata["tokenizer.ggml.scores"] = array(ValueType.FLOAT32, tokens.scores)
     else:
         metadata["tokenizer.ggml.merges"] = array(ValueType.STRING, files.merges)
-    metadata |= _read_special_metadata(files, config, tokens, pre if model == "gpt2" else _SPM, notes)
+    metadata |= _read_special_metadata(files, config, tokens, pre if model == "gpt2" else SPM, notes)
     metadata |= _prefix_metadata(files, config, tokens)
     metadata |= _model_extras(config, model) | _template_metadata(_read_templates(files))
     return Vocabulary(metadata, tuple(notes))
-
-

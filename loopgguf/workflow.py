@@ -41,10 +41,10 @@ from loopgguf.llama import Model
 from loopgguf.pipeline import Job, Progress, TensorLog, WriteResult, execute
 from loopgguf.planner import Plan, PlanRow, TypeRules, nearest_label, plan_conversion, plan_preset, plan_profile
 from loopgguf.profile import load_profile
+from loopgguf.proof import prove_vocabulary
 from loopgguf.source import Source, open_source
 from loopgguf.statistics import ColumnSums, Statistics, check_coverage, load_imatrix, save_imatrix
 from loopgguf.verify import speak, verify_file
-from loopgguf.vocabulary import prove_vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -227,6 +227,12 @@ def test_a_single_bad_float_is_found(capfd: pytest.CaptureFixture[str], ggml_typ
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("ggml_type", "largest"), [(T.F32, np.finfo(np.float32).max), (T.BF16, 3.3895314e38), (T.F16, 65504.0)])
+def test_the_largest_float_is_valid(ggml_type: GgmlType, largest: float) -> None:
+    """Catches a mask that takes the largest exponent of a number for that of an infinity."""
+    assert ggml.rows_are_valid(ggml_type, ggml.encode_rows(ggml_type, np.array([[largest, -largest]], np.float32)))
+
+
 @pytest.mark.parametrize("value", [65504.0, -65504.0, 65520.0, 1e30])
 def test_f16_overflow_is_found(value: float) -> None:
     """Catches an infinity that BF16 → F16 makes out of a large weight; 65519 is the last that rounds to 65504."""

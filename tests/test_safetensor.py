@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tiny_checkpoint import pack_safetensors, write_checkpoint
 
 from loopgguf.errors import InputError
-from loopgguf.safetensor import INDEX_NAME, load_json, read_safetensors, read_weights
+from loopgguf.safetensor import INDEX_NAME, read_safetensors, read_weights
 
 TWO = {"a": ("F32", np.arange(6, dtype="<f4").reshape(2, 3)), "b": ("BF16", np.arange(4, dtype="<u2"))}
 
@@ -179,14 +179,3 @@ def test_pickle_only(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match="no weights"):
         read_weights(tmp_path)
-
-
-def test_json_files(tmp_path: Path) -> None:
-    """Hostile JSON ends in one line, whatever the parser raises for it."""
-    path = tmp_path / "config.json"
-    for raw in (b"[" * 100_000, b"{", b"\xff\xfe{\x00}\x00", b'{"a": ' + b"9" * 10_000 + b"}", b'{"a":1,"a":2}', b"null"):
-        path.write_bytes(raw)
-        with pytest.raises(InputError, match=r"malformed JSON in .*config\.json"):
-            load_json(path)
-    with pytest.raises(InputError, match="cannot read"):
-        load_json(tmp_path / "none.json")

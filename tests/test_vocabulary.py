@@ -1,105 +1,26 @@
-"""Tokenizer files → tokenizer.* keys, proven against llama.cpp; tokenizers are trained here on the torture text."""
+"""Tokenizer files → tokenizer.* keys, each reading proven against llama.cpp; hostile files."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tiny_tokenizers import EDIT, LLAMA_CONFIG, N_BPE, N_SPM, converted_from_sentencepiece, data, edit_json, write_byte_level, write_sentencepiece
+from tokenizers import Tokenizer, processors
 
-from loopgguf.container import ValueType, read_gguf, string, uint32, write_gguf
+from loopgguf.container import ValueType, read_gguf, string, write_gguf
 from loopgguf.errors import InputError
 from loopgguf.llama import Model
-from loopgguf.vocabulary import PRE_TOKENIZERS, TORTURE_TEXT, TokenType, Vocabulary, find_pre_tokenizer, prove_vocabulary, read_vocabulary
-
-LLAMA_CONFIG = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
-N_BPE = 700
-N_SPM = 1200
-EDIT = Callable[[dict[str, Any]], None]
-
-
-def data(vocabulary: Vocabulary, key: str) -> Any:
-    return vocabulary.metadata[f"tokenizer.ggml.{key}"].data
-
-
-def train_byte_level(steps: tuple[str, ...], *, normalizer: normalizers.Normalizer | None = None, ignore_merges: bool = False) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=N_BPE - 20, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(TORTURE_TEXT, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def byte_level_json() -> str:
-    """A byte-level tokenizer.json with Llama 3's splits."""
-    return train_byte_level(PRE_TOKENIZERS["llama-bpe"], ignore_merges=True).to_str()
+from loopgguf.proof import prove_vocabulary
+from loopgguf.vocabulary import TokenType, read_vocabulary
 
 
 @pytest.fixture
-def folder(tmp_path: Path, byte_level_json: str) -> Path:
-    (tmp_path / "tokenizer.json").write_text(byte_level_json, encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}), encoding="utf-8")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BPE tokenizer.model with byte fallback and no normalization, as Llama 2's is."""
-    scratch = tmp_path_factory.mktemp("spm")
-    (scratch / "text.txt").write_text("\n".join(TORTURE_TEXT), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(scratch / "text.txt"),
-        model_prefix=str(scratch / "tokenizer"),
-        vocab_size=N_SPM - 20,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return scratch / "tokenizer.model"
-
-
-def converted_from_sentencepiece(model: Path) -> Tokenizer:
-    """A tokenizer.json as transformers converts a BPE tokenizer.model: all splits of a piece are merges, by its score."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    splits = [
-        (text[:i], text[i:], processor.get_score(token))
-        for text, token in vocab.items()
-        for i in range(1, len(text))
-        if text[:i] in vocab and text[i:] in vocab
-    ]
-    merges = [(left, right) for left, right, score in sorted(splits, key=lambda split: (-split[2], vocab[split[0]], vocab[split[1]]))]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def edit_json(path: Path, edit: EDIT) -> None:
-    parsed = json.loads(path.read_text(encoding="utf-8"))
-    edit(parsed)
-    path.write_text(json.dumps(parsed), encoding="utf-8")
+def folder(tmp_path: Path) -> Path:
+    return write_byte_level(tmp_path)
 
 
 # --- the demo model: hand-checked keys --------------------------------------------------------------------------------
@@ -121,72 +42,6 @@ def test_demo_model_keys(demo_model: Path) -> None:
     assert vocabulary.metadata["tokenizer.ggml.token_type"].item_type is ValueType.INT32
     assert vocabulary.notes == ()
     assert prove_vocabulary(demo_model, vocabulary.metadata) == ()
-
-
-# --- pre-tokenizers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_every_known_pre_tokenizer_is_found_and_proven(name: str, tmp_path: Path) -> None:
-    """Would catch a regex in the table that is not what llama.cpp does under that name: the ids would differ."""
-    normalizer = normalizers.NFC() if name == "qwen2" else None
-    tokenizer = train_byte_level(PRE_TOKENIZERS[name], normalizer=normalizer, ignore_merges=name in ("llama-bpe", "tekken"))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = read_vocabulary(tmp_path, {"eos_token_id": 2}, N_BPE)
-    assert data(vocabulary, "pre") == name
-    limitation = {"qwen2": "normalizes text to NFC", "tekken": "combining marks", "gpt-4o": "combining marks"}
-    notes = [note for note in prove_vocabulary(tmp_path, vocabulary.metadata) if "vocabulary entries" not in note]
-    assert [limitation[name] in note for note in notes] == [True] * (name in limitation)
-
-
-def byte_level_parts(pre_tokenizer: object, **model: object) -> dict[str, object]:
-    return {"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE", **model}}
-
-
-def test_find_pre_tokenizer_from_spellings() -> None:
-    """Would catch an equal structure in another spelling that is not recognized, and the two settings beside the splits."""
-    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}]}
-    assert find_pre_tokenizer(byte_level_parts({"type": "ByteLevel", "add_prefix_space": False})) == "gpt-2"
-    assert find_pre_tokenizer(byte_level_parts(digits)) == "smollm"
-    assert find_pre_tokenizer(byte_level_parts(digits), clean_spaces=True) == "starcoder"
-    split = {"type": "Split", "pattern": {"Regex": PRE_TOKENIZERS["llama-bpe"][0]}, "behavior": "Removed", "invert": True}
-    words = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
-    assert find_pre_tokenizer(byte_level_parts(words, ignore_merges=True)) == "llama-bpe"
-    assert find_pre_tokenizer(byte_level_parts(words)) == "smaug-bpe"
-    newlines = {"type": "Split", "pattern": {"Regex": "[\r\n]"}, "behavior": "Isolated"}
-    rest = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} for regex in PRE_TOKENIZERS["deepseek-coder"][1:]]
-    coder = {"type": "Sequence", "pretokenizers": [newlines, *rest, {"type": "ByteLevel", "use_regex": False}]}
-    assert find_pre_tokenizer(byte_level_parts(coder)) == "deepseek-coder"
-
-
-def test_unknown_pre_tokenizer_names_the_nearest_and_the_way_out(folder: Path) -> None:
-    """Would catch a silent default: llama.cpp's "default" splits differently from every modern tokenizer."""
-
-    def four_digits(parsed: dict[str, Any]) -> None:
-        pattern = parsed["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-        pattern["Regex"] = pattern["Regex"].replace("{1,3}", "{1,4}")
-
-    edit_json(folder / "tokenizer.json", four_digits)
-    with pytest.raises(InputError, match=r"unknown pre-tokenizer in .*tokenizer\.json.*structure [0-9a-f]{16}.*Nearest known: llama-bpe.*--pre-tokenizer NAME"):
-        read_vocabulary(folder, {}, N_BPE)
-    vocabulary = read_vocabulary(folder, {}, N_BPE, "llama-bpe")
-    assert data(vocabulary, "pre") == "llama-bpe"
-    notes = prove_vocabulary(folder, vocabulary.metadata, forced=True)
-    assert "differ at token" in notes[0]
-
-
-def test_wrong_pre_tokenizer_is_stopped_by_the_proof(folder: Path) -> None:
-    """Would catch a proof that proves nothing: one digit a token against three."""
-    vocabulary = read_vocabulary(folder, {}, N_BPE, "qwen2")
-    with pytest.raises(InputError, match=r"'qwen2' differ at token \d+ of '0 7 42.*: got .*\[.*\], expected .*\[.*\]\. Pass --pre-tokenizer NAME"):
-        prove_vocabulary(folder, vocabulary.metadata)
-
-
-def test_name_that_llama_cpp_does_not_know_is_one_line(folder: Path) -> None:
-    """Would catch the abort or traceback of the child reaching the user."""
-    vocabulary = read_vocabulary(folder, {}, N_BPE, "no-such-name")
-    with pytest.raises(InputError, match=r"could not be compared.*llama\.cpp cannot load"):
-        prove_vocabulary(folder, vocabulary.metadata)
 
 
 # --- byte-level BPE ---------------------------------------------------------------------------------------------------
@@ -233,26 +88,6 @@ def test_merges_beyond_one_run_and_with_escapes(tmp_path: Path) -> None:
     assert len(merges + longer) > 4096
 
 
-def test_nfc_differences_are_noted_not_refused(tmp_path: Path) -> None:
-    """Would catch the refusal of every Qwen model, and a proof that hides a real difference behind NFC."""
-    train_byte_level(PRE_TOKENIZERS["qwen2"], normalizer=normalizers.NFC()).save(str(tmp_path / "tokenizer.json"))
-    vocabulary = read_vocabulary(tmp_path, {}, N_BPE)
-    (note,) = prove_vocabulary(tmp_path, vocabulary.metadata)
-    assert note.startswith("tokenizer.json normalizes text to NFC, which llama.cpp does not")
-    wrong = vocabulary.metadata | {"tokenizer.ggml.pre": string("gpt-2")}
-    with pytest.raises(InputError, match="differ at token"):
-        prove_vocabulary(tmp_path, wrong)
-
-
-def test_truncation_and_padding_of_tokenizer_json_do_not_matter(folder: Path) -> None:
-    """Would catch a published tokenizer.json with a truncation length making every long line differ."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(8)
-    tokenizer.enable_padding(length=16)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    assert prove_vocabulary(folder, read_vocabulary(folder, {}, N_BPE).metadata) == ()
-
-
 # --- BOS and the other flags ------------------------------------------------------------------------------------------
 
 
@@ -291,9 +126,9 @@ def test_special_ids_outside_the_vocabulary_are_noted(folder: Path) -> None:
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 
-def test_sentencepiece_model(sentencepiece_model: Path, tmp_path: Path) -> None:
+def test_sentencepiece_model(tmp_path: Path) -> None:
     """Would catch wrong types or scores of pieces, and added tokens that do not replace or extend them."""
-    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    write_sentencepiece(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": N_SPM - 20, "<beyond>": N_SPM}), encoding="utf-8")
     decoder = {str(N_SPM - 19): {"content": "▁hello▁", "special": False}, "1": {"content": "<bos>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, "add_prefix_space": True}), encoding="utf-8")
@@ -315,19 +150,17 @@ def test_sentencepiece_model(sentencepiece_model: Path, tmp_path: Path) -> None:
 
 def test_sentencepiece_without_dummy_prefix(tmp_path: Path) -> None:
     """Would catch llama.cpp putting a space in front where the model does not."""
-    (tmp_path / "text.txt").write_text("\n".join(TORTURE_TEXT), encoding="utf-8")
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=1100, model_type="bpe", character_coverage=0.98, **options
-    )
-    vocabulary = read_vocabulary(tmp_path, {}, 1100)
+    write_sentencepiece(tmp_path, add_dummy_prefix=False)
+    vocabulary = read_vocabulary(tmp_path, {}, N_SPM)
     assert data(vocabulary, "add_space_prefix") is False
     assert prove_vocabulary(tmp_path, vocabulary.metadata) == ()
 
 
-def test_tokenizer_json_alone_with_byte_fallback(sentencepiece_model: Path, tmp_path: Path) -> None:
+def test_tokenizer_json_alone_with_byte_fallback(tmp_path: Path) -> None:
     """Would catch the trap of equal scores: with -1000 for all tokens, llama.cpp merges from the left, not by rank."""
-    converted_from_sentencepiece(sentencepiece_model).save(str(tmp_path / "tokenizer.json"))
+    model = write_sentencepiece(tmp_path)
+    converted_from_sentencepiece(model).save(str(tmp_path / "tokenizer.json"))
+    model.unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}), encoding="utf-8")
     vocabulary = read_vocabulary(tmp_path, LLAMA_CONFIG, N_SPM)
     assert (data(vocabulary, "model"), data(vocabulary, "unknown_token_id"), data(vocabulary, "add_bos_token")) == ("llama", 0, True)
@@ -339,25 +172,11 @@ def test_tokenizer_json_alone_with_byte_fallback(sentencepiece_model: Path, tmp_
         prove_vocabulary(tmp_path, flat)
 
 
-def test_metaspace_first_is_a_noted_limitation(sentencepiece_model: Path, tmp_path: Path) -> None:
-    """Would catch the refusal of tokenizers with `legacy: false`, whose spaces llama.cpp puts elsewhere."""
-    tokenizer = converted_from_sentencepiece(sentencepiece_model)
-    tokenizer.normalizer = normalizers.Sequence([])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    notes = prove_vocabulary(tmp_path, read_vocabulary(tmp_path, LLAMA_CONFIG, N_SPM).metadata)
-    assert "Metaspace" in notes[0]
-    assert "beside control tokens" in notes[1]
-
-
 def test_sentencepiece_without_byte_tokens_is_refused(tmp_path: Path) -> None:
     """Would catch a file at which llama.cpp ends the process at the first unknown character."""
-    (tmp_path / "text.txt").write_text("\n".join(TORTURE_TEXT[:2]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, model_type="bpe", minloglevel=2
-    )
+    write_sentencepiece(tmp_path, byte_fallback=False)
     with pytest.raises(InputError, match=r"wrong byte tokens in .*tokenizer\.model: got 0 of the type BYTE, expected all 256"):
-        read_vocabulary(tmp_path, {}, 60)
+        read_vocabulary(tmp_path, {}, N_SPM)
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -434,6 +253,7 @@ def test_hostile_tokenizer_json(case: str, folder: Path) -> None:
         ("tokenizer.json", b'{"merges": ["a b"], "model": {"merges": []}}', r"wrong model\.merges.*the key 2 times"),
         ("tokenizer.model", b"\xff\xff\xff not a model", r"wrong content in .*tokenizer\.model.*SentencePiece"),
         ("tokenizer.model", b"", r"wrong pieces in .*tokenizer\.model"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 0, "a": 1}}}', r"tokenizer\.json is not JSON: 'a' twice"),
         ("tokenizer_config.json", b"null", r"wrong content in .*tokenizer_config\.json"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', r"wrong added_tokens_decoder"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', r"wrong added_tokens_decoder\['x'\]"),
@@ -455,22 +275,6 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"no tokenizer in .*expected tokenizer\.model or tokenizer\.json.*save_pretrained"):
         read_vocabulary(tmp_path, {}, 10)
-
-
-def test_proof_child_runs_nothing_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch `python -m` importing a module that a model folder brings along, when it is the working folder."""
-    vocabulary = read_vocabulary(folder, {}, N_BPE)
-    for name in ("json.py", "tokenizers.py", "numpy.py", "llama_cpp.py"):
-        (folder / name).write_text(f"open({str(folder / 'executed')!r}, 'w')\nraise SystemExit(0)\n", encoding="utf-8")
-    monkeypatch.chdir(folder)
-    assert prove_vocabulary(folder, vocabulary.metadata) == ()
-    assert not (folder / "executed").exists()
-
-
-def test_proof_takes_the_metadata_of_a_whole_model(folder: Path) -> None:
-    """Would catch a vocab-only load that trips over hyper-parameters, as the workflow passes them all."""
-    extra = {"general.architecture": string("qwen2"), "qwen2.block_count": uint32(2), "qwen2.context_length": uint32(64)}
-    assert prove_vocabulary(folder, {**extra, **read_vocabulary(folder, {}, N_BPE).metadata}) == ()
 
 
 def test_vocabulary_alone_loads_in_llama_cpp(folder: Path, tmp_path: Path) -> None:
