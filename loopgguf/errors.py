@@ -33,3 +33,9 @@ class OutputError(LoopggufError):
     """The output exists, cannot be written or does not fit on the disk (exit 4)."""
 
     exit_code = 4
+
+
+class Interrupted(LoopggufError):
+    """The user asked to stop; what is done is saved and the same command goes on from there (exit 75, BSD's EX_TEMPFAIL)."""
+
+    exit_code = 75

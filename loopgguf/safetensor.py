@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: a strict bounded reader of headers. Bytes only; names mean nothing here.
+"""safetensors files: a strict bounded reader of headers, of one file or of a checkpoint's, and a plain writer. Bytes only.
 
 Believes nothing: the header's length, each dtype, shape and span are checked against the file's size, spans must tile
 the data without gap or overlap, and a shard named by the index must be a plain file name in the folder itself. Such an
@@ -9,13 +9,17 @@ mapped pages stay in memory. Format: the safetensors README.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loopgguf.container import LFS_POINTER, Shape
 from loopgguf.documents import load_json, parse_object
@@ -23,6 +27,7 @@ from loopgguf.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_DIMS = 8
+_SLAB_VALUES = 1 << 22  # written at a time
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -34,6 +39,11 @@ _DTYPE_BITS = {
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+# what numpy has a type for
+_NUMPY_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
+    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"},
 }
 
 
@@ -126,6 +136,46 @@ def read_safetensors(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     if data_offset + expected != size:
         _refuse(path, "size of the file", f"{size} bytes", f"{data_offset + expected}, as its header says (truncated?)")
     return header, tensors
+
+
+def read_array(stored: StoredTensor) -> NDArray[Any]:
+    """Return a stored tensor's values. Raises InputError for a type that numpy lacks (BF16) and for a file cut short."""
+    if stored.dtype not in _NUMPY_DTYPES:
+        _refuse(stored.path, f"dtype of tensor {stored.name!r:.120}", stored.dtype, f"one of {', '.join(_NUMPY_DTYPES)}")
+    n_values = math.prod(stored.shape)
+    try:
+        values = np.fromfile(stored.path, _NUMPY_DTYPES[stored.dtype], n_values, offset=stored.offset)
+    except OSError as error:
+        raise InputError(f"cannot read {stored.path}: {error.strerror}. Check the path and its permissions") from error
+    if values.size != n_values:
+        _refuse(stored.path, f"tensor {stored.name!r:.120}", f"{values.size} values", f"{n_values} (truncated?)")
+    return values.reshape(stored.shape)
+
+
+def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Hand the bytes of a safetensors file that holds `arrays` to `write`, piece by piece: the same arrays, the same bytes.
+
+    Tensors are sorted by name and never copied whole; memory-mapped ones may be larger than memory.
+    """
+    write(memoryview(plan_header((name, array.dtype, array.shape) for name, array in arrays.items())))
+    for _, array in sorted(arrays.items()):
+        rows = array.reshape(-1)
+        for start in range(0, rows.size, _SLAB_VALUES):
+            slab = np.ascontiguousarray(rows[start : start + _SLAB_VALUES])
+            write(memoryview(slab.astype(slab.dtype.newbyteorder("<"), copy=False)).cast("B"))
+
+
+def plan_header(tensors: Iterable[tuple[str, np.dtype[Any], Shape]]) -> bytes:
+    """Return the length and the header of a file that holds these (name, numpy type, shape), in order of their names."""
+    spelled = {np.dtype(numpy_name): name for name, numpy_name in _NUMPY_DTYPES.items()}
+    entries, offset = {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[0]):
+        n_bytes = math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": spelled[dtype.newbyteorder("<")], "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
 
 
 # --- a folder ------------------------------------------------------------------------------------------------------------

@@ -21,14 +21,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthetic_model import find_or_make
+from synthetic_model import REPOSITORY, find_or_make
 
 from loopgguf.formats import parse_size
 
 BARS_MB = {"folder": 500, "GGUF": 200}
 SAME_WITHIN = 0.10
 POLL_SECONDS = 0.003
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def read_peak_bytes(pid: int) -> int:

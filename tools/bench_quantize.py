@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from synthetic_model import find_or_make
+from synthetic_model import REPOSITORY, find_or_make
 
 from loopgguf.container import read_gguf
 from loopgguf.formats import parse_size
@@ -157,7 +157,8 @@ def launch(run: Run) -> tuple[Seconds, str]:
     _warm(Path(run.model))
     os.sync()
     spec = json.dumps(asdict(replace(run, started=time.time())))
-    child = subprocess.run([sys.executable, __file__, "--run", spec], check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    child = subprocess.run([sys.executable, __file__, "--run", spec], check=False, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     if child.returncode != 0:
         raise SystemExit(f"{run.way} failed as {run.preset}: exit code {child.returncode}, see above")
     output = Path(run.output)

@@ -1,0 +1,268 @@
+"""How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
+
+    python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
+
+All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
+others. The presets' files are loopgguf's own: their tensors are byte for byte those of llama.cpp's quantizer with the
+same imatrix, which `tests/test_same_bytes.py` and `tests/test_real.py` prove. So a preset's row is llama.cpp's figure.
+
+KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
+mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. Each text is
+measured by itself. Nothing is tuned here and no file is chosen by these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import models
+from rich.console import Console
+
+from loopgguf import report
+from loopgguf.container import read_shards
+from loopgguf.errors import LoopggufError, UsageError
+from loopgguf.evaluation import Measure, PairedComparison, Quality, compare_paired
+from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, default_threads, evaluate, quantize, reference_gguf
+
+DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
+COLUMNS = ("file", "bytes", "bpw", "mean KLD", "99 % KLD", "same top p", "PPL ratio")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished file: the preset, profile or file name it goes by, its exact bytes, and the bits per weight of its tensors."""
+
+    name: str
+    path: Path
+    n_bytes: int
+    bpw: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a file; `comparison` is with the file named `baseline`, where one was asked for."""
+
+    candidate: Candidate
+    quality: Quality
+    baseline: str = ""
+    comparison: PairedComparison | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rows of one model on one text, and what they were measured against."""
+
+    model: str
+    text: str
+    reference: str
+    imatrix: str
+    rows: tuple[Row, ...]
+
+
+# --- making and measuring ---------------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def split(names: str) -> list[str]:
+    """Return the parts of a list with commas; empty for none."""
+    return [name for name in names.split(",") if name]
+
+
+def as_candidate(name: str, path: Path) -> Candidate:
+    files = read_shards(path)
+    n_weights = sum(tensor.n_weights for file in files for tensor in file.tensors)
+    n_bits = sum(8 * tensor.n_bytes for file in files for tensor in file.tensors)
+    return Candidate(name, path, sum(file.size_bytes for file in files), n_bits / n_weights)
+
+
+def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> list[Candidate]:
+    """Quantize a model as every preset and profile asked for, with one imatrix: the first makes it, the others take it from the cache."""
+    calibration = ImatrixRequest(tuple(options.calibration or ()))
+    requests = {name: QuantizeRequest(quant_type=name, imatrix=options.imatrix, calibration=calibration) for name in split(options.types)}
+    requests |= {name: QuantizeRequest(profile=name, imatrix=options.imatrix, calibration=calibration) for name in split(options.profiles)}
+    candidates = [as_candidate(Path(file).stem, Path(file)) for file in split(options.files)]
+    for name, request in requests.items():
+        start = time.perf_counter()
+        path = folder / f"{model.stem}-{Path(name).stem}.gguf"
+        quantize(model, path, request, Settings(n_threads=options.threads, overwrite=True))
+        candidates.append(as_candidate(Path(name).stem, path))
+        note(f"  made {path.name}: {candidates[-1].n_bytes:,} bytes, {time.perf_counter() - start:.0f} s")
+    return candidates
+
+
+def imatrix_text(candidates: Sequence[Candidate]) -> str:
+    """Return what the files' imatrix was made from, as they say themselves."""
+    for candidate in candidates:
+        metadata = read_shards(candidate.path)[0].metadata
+        if "quantize.imatrix.dataset" in metadata:
+            return f"{metadata['quantize.imatrix.dataset'].data}, {metadata['quantize.imatrix.chunks_count'].data} chunks"
+    return "none"
+
+
+def measure(candidate: Candidate, reference: Path, text: Path, options: argparse.Namespace) -> EvaluationResult:
+    start = time.perf_counter()
+    result = evaluate(candidate.path, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
+    note(f"  {candidate.name} on {text.name}: mean KLD {result.quality.mean_kld_nats.value:.5f}, {time.perf_counter() - start:.0f} s")
+    return result
+
+
+def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row, ...]:
+    """Return the rows with the comparisons that `pairs` (name to baseline) asks for."""
+    by_name = {row.candidate.name: row.quality for row in rows}
+    done = []
+    for row in rows:
+        baseline = pairs.get(row.candidate.name, "")
+        done.append(Row(row.candidate, row.quality, baseline, compare_paired(row.quality, by_name[baseline])) if baseline else row)
+    return tuple(done)
+
+
+def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, options: argparse.Namespace) -> list[Section]:
+    """Make a model's files and measure them on each text."""
+    note(f"{name}: {model}")
+    reference, notes = reference_gguf(model, Settings(n_threads=options.threads))
+    for line in notes:
+        note(f"  {line}")
+    candidates = make_candidates(model, folder, options)
+    unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
+    if unknown:
+        raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
+    sections = []
+    for text in models.resolve_texts(options):
+        rows = [Row(candidate, measure(candidate, reference, text, options).quality) for candidate in candidates]
+        reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
+        sections.append(Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs)))
+    return sections
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def with_error(measure: Measure | None, n_digits: int, unit: str = "") -> str:
+    if measure is None:
+        return ""
+    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.{n_digits}f}"
+    return f"{measure.value:.{n_digits}f}{error}{unit}"
+
+
+def cells(row: Row) -> list[str]:
+    """Return the texts of a table's line."""
+    quality, candidate = row.quality, row.candidate
+    ratio = f"{with_error(row.comparison.mean_kld_ratio, 3)} × {row.baseline}" if row.comparison is not None else ""
+    return [
+        candidate.name,
+        f"{candidate.n_bytes:,}",
+        f"{candidate.bpw:.3f}",
+        with_error(quality.mean_kld_nats, 5),
+        with_error(quality.kld_quantiles_nats[99.0], 3),
+        with_error(quality.same_top_percent, 2, " %"),
+        with_error(quality.perplexity_ratio, 4),
+        ratio,
+    ]
+
+
+def title(section: Section) -> str:
+    quality = section.rows[0].quality
+    scored = f"{quality.n_scored:,} scored tokens ({quality.n_chunks} chunks of {quality.n_ctx}) of {section.text}"
+    reference = f"{section.reference} reference with perplexity {quality.reference_perplexity.value:.3f}"
+    return f"{section.model}: {scored}, against the {reference}; imatrix from {section.imatrix}"
+
+
+def columns(section: Section) -> list[str]:
+    """Return the headers; that of the comparison only where there is one."""
+    return [*COLUMNS, *(["mean KLD compared"] if any(row.comparison for row in section.rows) else [])]
+
+
+def show(section: Section, *, markdown: bool) -> None:
+    """Print a section as a table for a terminal, or as Markdown."""
+    headers = columns(section)
+    lines = [cells(row)[: len(headers)] for row in section.rows]
+    if markdown:
+        print(f"{title(section)}.\n")
+        print(f"| {' | '.join(headers)} |\n|---|{'---:|' * (len(headers) - 1)}")
+        for line in lines:
+            print(f"| {' | '.join(line)} |")
+        print(flush=True)
+        return
+    table = report.table(*headers, title=title(section), numbers=headers[1:])
+    for line in lines:
+        table.add_row(*line)
+    Console(width=200, highlight=False, soft_wrap=True).print(table, "")
+
+
+def to_json(section: Section) -> dict[str, object]:
+    """Return a section as JSON-able values."""
+    rows = [
+        {
+            "name": row.candidate.name,
+            "bytes": row.candidate.n_bytes,
+            "bpw": row.candidate.bpw,
+            **report.quality_json(row.quality),
+            "compared": {"with": row.baseline, **asdict(row.comparison)} if row.comparison is not None else None,
+        }
+        for row in section.rows
+    ]
+    return {"model": section.model, "text": section.text, "reference": section.reference, "imatrix": section.imatrix, "files": rows}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def parse_pairs(text: str) -> dict[str, str]:
+    """Return `A=B,…` as a mapping from a file to its baseline. Raises UsageError for anything else."""
+    pairs = {}
+    for pair in split(text):
+        name, equals, baseline = pair.partition("=")
+        if not (name and equals and baseline):
+            raise UsageError(f"--compare: got {pair!r}, expected NAME=BASELINE such as balanced=Q4_K_M")
+        pairs[name] = baseline
+    return pairs
+
+
+def run(options: argparse.Namespace) -> None:
+    pairs, sections = parse_pairs(options.compare), []
+    with tempfile.TemporaryDirectory(prefix="loopgguf-quality-") as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, model in models.resolve_models(options).items():
+            for section in run_model(name, model, pairs, folder, options):
+                show(section, markdown=options.markdown)
+                sections.append(to_json(section))
+    if options.json:
+        options.json.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    models.add_options(parser)
+    parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
+    parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
+    parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
+    parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
+    parser.add_argument("--imatrix", type=Path, help="use this one instead of making one")
+    parser.add_argument("--calibration", nargs="+", type=Path, metavar="FILE", help="make the imatrix from these texts (default: the one that ships)")
+    parser.add_argument("--chunks", type=int, help="chunks of each text to measure on (default: all)")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the files made in this folder")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    try:
+        run(parser.parse_args())
+    except LoopggufError as error:
+        print(f"bench_quality: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
