@@ -132,6 +132,80 @@ def compensate(
     return packed, decoded
 
 
+# --- choosing and accepting -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossCurvature:
+    """What calibration says about one linear: how much an error in each direction costs.
+
+    H (n_in, n_in) = E[x xᵀ]; H_w the same with each token weighted by its squared gradient, or None without gradients;
+    H_O (n_out, n_out) = E[g gᵀ], or None to leave the rows to themselves; row_curvature (n_out,) = E[g_i²], or None.
+    held_out (n_in, n_in): H_w, or without gradients H, of tokens that took no part in any of these.
+    """
+
+    H: Matrix
+    held_out: Matrix
+    H_w: Matrix | None = None
+    H_O: Matrix | None = None
+    row_curvature: NDArray[np.float64] | None = None
+
+    def objective(self) -> Matrix:
+        """Return what feedback along the rows minimises: H_w and H in equal parts, each of mean diagonal 1; H alone
+        without gradients. H alone buys precision on ordinary tokens with errors at the ones that all others attend to."""
+        parts = [M / np.diag(M).mean() for M in (self.H, self.H_w) if M is not None]
+        return np.asarray(sum(parts) / len(parts))
+
+    def estimate(self, E: FloatArray) -> float:
+        """Return Σ_i r_i e_iᵀ H e_i of an encoding's error E (n_out, n_in) under the held-out matrix."""
+        return weighted_error(E, self.held_out, self.row_curvature)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Packed rows (n_out, row bytes), who made them, and their held-out error as a part of the plain encoder's."""
+
+    packed: ggml.ByteArray
+    damping: Damping | None  # None: the plain encoder's bytes, for feedback did not do better
+    held_out_ratio: float
+
+
+ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
+FAST = (Damping(0.1),)
+FULL = (Damping(0.01), Damping(0.05), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True))
+PROBE_ROWS = 128  # on which dampings are compared
+
+
+def encode_guarded(W: FloatArray, ggml_type: GgmlType, importance: FloatArray, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST) -> Encoding:
+    """Return the better of the plain encoding and the one with feedback, judged by the held-out matrices.
+
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix. dampings: those tried
+    on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
+    """
+    plain = ggml.encode_rows(ggml_type, W, importance)
+    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain) - W)
+    objective = curvature.objective()
+    inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
+    damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
+    H_O = None if curvature.H_O is None else damped(curvature.H_O, ROW_DAMPING)
+    packed, decoded = compensate(W, ggml_type, damped(objective, damping), importance=inner, H_O=H_O)
+    error = curvature.estimate(decoded - W)
+    if not error < plain_error:
+        return Encoding(plain, None, 1.0)
+    return Encoding(packed, damping, error / plain_error)
+
+
+def _best_damping(
+    W: FloatArray, ggml_type: GgmlType, importance: FloatArray, objective: Matrix, curvature: LossCurvature, dampings: tuple[Damping, ...]
+) -> Damping:
+    """Return the damping whose feedback along a sample of rows has the least held-out error."""
+    if len(dampings) == 1:
+        return dampings[0]
+    rows = np.ascontiguousarray(W[:: max(1, len(W) // PROBE_ROWS)])
+    errors = [weighted_error(compensate(rows, ggml_type, damped(objective, d), importance=importance)[1] - rows, curvature.held_out) for d in dampings]
+    return dampings[int(np.argmin(errors))]
+
+
 def weighted_error(E: FloatArray, H: Matrix, row_weights: NDArray[np.float64] | None = None) -> float:
     """Return Σ_i r_i e_iᵀ H e_i of an error E (n_out, n_in): what the held-out matrices say of an encoding."""
     per_row = np.einsum("ij,ij->i", E @ H.astype(np.float32), E, dtype=np.float64)

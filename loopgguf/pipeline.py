@@ -3,7 +3,8 @@
 A slab is a run of rows of one matrix. Each worker thread takes a slab the whole way (pread → float32 → encode →
 validate → pwrite at its planned offset), so memory is bounded by `n_threads` slabs whatever the size of a tensor or of
 the model, and the bytes do not depend on the number of threads: every ggml encoder treats each row by itself.
-Publishes nothing and decides nothing; the plan says what and the layout says where.
+A tensor whose curvature is given is encoded with error feedback instead, which hands errors from row to row: its slab
+is the whole matrix. Publishes nothing and decides nothing; the plan says what and the layout says where.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from loopgguf import ggml
+from loopgguf.compensate import FAST, Damping, LossCurvature, encode_guarded
 from loopgguf.container import PartFile, TensorInfo
 from loopgguf.errors import InputError, QualityError
 from loopgguf.formats import FLOAT_TYPES, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, row_bytes
@@ -42,11 +45,22 @@ class SampledError:
 
 
 @dataclass(frozen=True)
+class FeedbackLog:
+    """What error feedback came to: held-out error as a part of the plain encoder's, and the damping that won; None where
+    the plain encoder's bytes were kept."""
+
+    held_out_ratio: float
+    damping: Damping | None
+
+
+@dataclass(frozen=True)
 class TensorLog:
-    """What happened to one tensor: the error of its sampled rows (encoded tensors only), importances that were floored."""
+    """What happened to one tensor: the error of its sampled rows (encoded tensors only), importances that were floored,
+    and error feedback where it was tried."""
 
     sampled: SampledError | None = None
     n_floored: int = 0
+    feedback: FeedbackLog | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,15 @@ class WriteResult:
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor's way: where its rows come from, what the plan makes of them, and where they go."""
+    """One tensor's way: where its rows come from, what the plan makes of them, and where they go; `curvature` gives
+    what error feedback needs of it, and is asked when its turn comes."""
 
     tensor: Tensor
     row: PlanRow
     part: PartFile
     info: TensorInfo
+    curvature: Callable[[], LossCurvature] | None = None
+    dampings: tuple[Damping, ...] = FAST
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,8 @@ def slab_weights(max_buffer_bytes: int, n_threads: int) -> int:
 def _slabs(job: Job, importance: ggml.FloatArray | None, n_weights: int) -> Iterator[_Slab]:
     """Cut a tensor into slabs of at most `n_weights` (at least one row) that do not cross a matrix."""
     tensor = job.tensor
-    step = max(1, n_weights // tensor.n_in)
     rows_per_matrix = tensor.n_rows // tensor.n_matrices
+    step = max(1, n_weights // tensor.n_in) if job.curvature is None else rows_per_matrix
     middle = tensor.n_rows // 2
     for matrix in range(tensor.n_matrices):
         first = matrix * rows_per_matrix
@@ -116,8 +133,25 @@ def _refuse_values(tensor: Tensor, ggml_type: GgmlType) -> None:
     )
 
 
-def _run(slab: _Slab) -> SampledError | None:
-    """Take one slab from the source to the part file; return the error of the sampled rows if it holds them."""
+def _read_float32(slab: _Slab, raw: ggml.ByteArray) -> ggml.FloatArray:
+    """Return the slab's weights as float32; refuse those that would make an encoder abort."""
+    rows = ggml.decode_rows(slab.job.tensor.type, raw)
+    if slab.job.row.type in QUANTIZED_TYPES and not ggml.rows_are_encodable(rows):
+        _refuse_values(slab.job.tensor, slab.job.row.type)
+    return rows
+
+
+def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, FeedbackLog | None]:
+    """Return the rows packed as planned, by the plain encoder or by the better of it and error feedback."""
+    job, target = slab.job, slab.job.row.type
+    if job.curvature is None or slab.importance is None:
+        return ggml.encode_rows(target, rows, slab.importance), None
+    encoding = encode_guarded(rows, target, slab.importance, job.curvature(), job.dampings)
+    return encoding.packed, FeedbackLog(encoding.held_out_ratio, encoding.damping)
+
+
+def _run(slab: _Slab) -> TensorLog:
+    """Take one slab from the source to the part file; return what it adds to its tensor's log."""
     job, target = slab.job, slab.job.row.type
     tensor = job.tensor
     raw = tensor.read_rows(slab.start, slab.stop)
@@ -126,19 +160,17 @@ def _run(slab: _Slab) -> SampledError | None:
     offset = job.info.offset + slab.start * row_bytes(target, tensor.n_in)
     if target is tensor.type:
         job.part.write_at(offset, raw.data)
-        return None
-    rows = ggml.decode_rows(tensor.type, raw)
-    if target in QUANTIZED_TYPES and not ggml.rows_are_encodable(rows):
-        _refuse_values(tensor, target)
-    packed = ggml.encode_rows(target, rows, slab.importance)
+        return TensorLog()
+    rows = _read_float32(slab, raw)
+    packed, feedback = _encode(slab, rows)
     if not ggml.rows_are_valid(target, packed):
         _refuse_values(tensor, target)
     job.part.write_at(offset, packed.data)
     if slab.sample is None:
-        return None
+        return TensorLog(feedback=feedback)
     start, stop = slab.sample
     inside = slice(start - slab.start, stop - slab.start)
-    return SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside])))
+    return TensorLog(SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside]))), feedback=feedback)
 
 
 def _initialize_encoders(jobs: Iterable[Job]) -> None:
@@ -177,25 +209,25 @@ def execute(
             left[job.row.name] = len(cut)
             yield from cut
 
-    def finish(slab: _Slab, sampled: SampledError | None) -> None:
+    def finish(slab: _Slab, part: TensorLog) -> None:
         nonlocal n_done
         name = slab.job.row.name
-        if sampled is not None:
-            logs[name] = replace(logs[name], sampled=sampled)
+        logs[name] = replace(logs[name], sampled=part.sampled or logs[name].sampled, feedback=part.feedback or logs[name].feedback)
         left[name] -= 1
         if left[name] == 0:
             n_done += 1
             if progress is not None:
                 progress(name, n_done, len(jobs))
 
-    with ThreadPoolExecutor(n_threads) as pool:
+    # one BLAS thread per worker: the workers fill the cores, and a product's rounding must not depend on a thread count
+    with ThreadPoolExecutor(n_threads) as pool, threadpool_limits(1, "blas"):
         _drive(pool, slabs(), finish, depth=2 * n_threads)
     return logs
 
 
-def _drive(pool: ThreadPoolExecutor, slabs: Iterator[_Slab], finish: Callable[[_Slab, SampledError | None], None], depth: int) -> None:
+def _drive(pool: ThreadPoolExecutor, slabs: Iterator[_Slab], finish: Callable[[_Slab, TensorLog], None], depth: int) -> None:
     """Keep `depth` slabs in flight until all are done; on an error, start nothing more and raise it."""
-    running: dict[Future[SampledError | None], _Slab] = {}
+    running: dict[Future[TensorLog], _Slab] = {}
     try:
         while True:
             for slab in itertools.islice(slabs, depth - len(running)):

@@ -107,7 +107,7 @@ def test_nothing_is_published_that_does_not_verify(demo_model: Path, tmp_path: P
 
     execute = pipeline._run
 
-    def damage(slab: pipeline._Slab) -> pipeline.SampledError | None:
+    def damage(slab: pipeline._Slab) -> pipeline.TensorLog:
         sampled = execute(slab)
         if slab.job.row.name == "blk.3.ffn_down.weight":
             slab.job.part.write_at(slab.job.info.offset + slab.job.info.n_bytes // 2, b"\x55" * 600)
