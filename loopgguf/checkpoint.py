@@ -1,16 +1,64 @@
-"""What can be reused between runs: the user cache folder, by content key, published atomically.
+"""What outlives a run: the user cache folder, by content key, and the job folder that a long run goes on from.
 
-Holds imatrix files, BF16 references and vocabulary proofs, each named by the fingerprint of everything it depends on,
-so that an entry is either exactly right or absent. Not yet here: resumable jobs.
+The cache holds imatrix files, BF16 references and vocabulary proofs, each named by the fingerprint of everything it
+depends on, so that an entry is either exactly right or absent.
+
+A `Job` is a folder that one process at a time holds (`lock`). `save` writes each part of a state as
+`objects/SHA256.safetensors`, flushed, and then publishes a manifest as `CURRENT` in one step; the one before stays as
+`PREVIOUS`, and what neither needs is removed. So a kill at any moment, or a damaged newest state, loses one step.
+No pickle: a part is named arrays, and facts are JSON.
+
+What an engine and an accumulator must offer for that (`collection.py` brings them together):
+
+* An accumulator is `Resumable`: `state()` returns all that it has summed up, exactly (float64 sums stay float64), as
+  arrays by names of its own; `restore(arrays)` puts that, or some of it, back into an empty one.
+* An engine calls back after each step, a chunk or a layer, and can be told where to go on. What it carries from step to
+  step either comes with the call, as arrays (losses), or it keeps it itself in the job's `work` folder (hidden states),
+  where a step counts as done when its file gets its final name, after the call has returned.
+* A step done again after a kill must give the same bits, so nothing may depend on where the run was cut.
+
+Knows nothing of models and statistics.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Protocol
 
 import platformdirs
+from numpy.typing import NDArray
+
+from loopgguf.documents import parse_json
+from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
+from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, NDArray[Any]]
+
+FORMAT = 1
+CURRENT, PREVIOUS, LOCK, OBJECTS = "CURRENT", "PREVIOUS", "lock", "objects"
+TEMPORARY = "CURRENT.tmp"
+WORK, SHARDS = "work", "shards"  # subfolders of an engine, and of results that are written as they come
+ENGINE = "engine"  # the part of a state that is the engine's own
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HASH_BYTES = 1 << 20
+
+
+# --- cache --------------------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -28,3 +76,358 @@ def cache_path(kind: str, key: str, suffix: str) -> Path:
     folder = cache_folder() / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{key}{suffix}"
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write to job folder {path}: {error.strerror}; free some space or choose another folder with --job-folder") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(_HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- state --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a job is: `n_steps` finished steps, the arrays to go on with by part, and JSON-able facts.
+
+    Each part is one file: a part that does not change from step to step is stored once.
+    """
+
+    n_steps: int
+    parts: Mapping[str, Arrays] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    fingerprint: Mapping[str, object]
+    n_steps: int
+    parts: Mapping[str, str]  # SHA-256 of each part's file
+    facts: Mapping[str, object]
+
+    def encode(self) -> bytes:
+        """Return the manifest as one line of JSON, and the line's own SHA-256 on a second."""
+        entries = {"format": FORMAT, "fingerprint": self.fingerprint, "n_steps": self.n_steps, "parts": self.parts, "facts": self.facts}
+        line = json.dumps(entries, sort_keys=True, allow_nan=False)
+        return f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n".encode()
+
+    @staticmethod
+    def decode(raw: bytes) -> _Manifest:
+        """Return the manifest in `raw`. Raises ValueError when it is not whole or of another format."""
+        line, _, digest = raw.decode("utf-8").partition("\n")
+        if hashlib.sha256(line.encode()).hexdigest() != digest.strip():
+            raise ValueError("its checksum is wrong")
+        entries = parse_json(line)
+        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+            raise ValueError("its format is not known to this version")
+        return _Manifest(entries["fingerprint"], entries["n_steps"], entries["parts"], entries["facts"])
+
+
+# --- lock ---------------------------------------------------------------------------------------------------------------
+
+
+def _try_lock(stream: IO[bytes]) -> None:
+    """Lock an open file for this process; raises OSError when another one holds it. The system frees it when we die."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        stream.seek(1 << 20)  # behind the text, which others may read
+        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Return the lock file, open and locked, with our process id in it; raises UsageError when a live process holds it."""
+    while True:
+        stream = path.open("a+b")
+        try:
+            _try_lock(stream)
+        except OSError as error:
+            stream.seek(0)
+            owner = stream.read(32).decode("ascii", "replace").strip()
+            stream.close()
+            raise UsageError(
+                f"job folder {path.parent} is in use by process {owner or '?'}: wait for it, or choose another folder with --job-folder"
+            ) from error
+        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+            break
+        stream.close()  # its last owner has removed it meanwhile
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n".encode("ascii"))
+    stream.flush()
+    return stream
+
+
+# --- job ----------------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A run that can be stopped and goes on: use it as a context, `load` first, `save` after each step, `finish` at the end.
+
+    folder: made when missing; a folder with other content is refused. fingerprint: JSON-able fields that say exactly
+    what the result depends on (source, calibration, settings, versions). resume: go on from what the folder holds; when
+    False, that is thrown away. While the context lasts, the first SIGINT or SIGTERM sets `should_stop`, and the second
+    raises KeyboardInterrupt (main thread only). Entering raises UsageError when another live process holds the folder,
+    it is no job folder, or its fingerprint differs (naming the fields); OutputError when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object], *, resume: bool = True) -> None:
+        self.folder, self.resume = folder, resume
+        self.fingerprint: Mapping[str, object] = json.loads(json.dumps(fingerprint))
+        self.should_stop = False
+        self._lock: IO[bytes] | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Job:
+        self._refuse_foreign()
+        with _explained(self.folder):
+            (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder / LOCK)
+        try:
+            if not self.resume:
+                self._clear()
+            self._compare()
+        except BaseException:
+            self._release()
+            raise
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if not any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from: leave nothing behind
+        self._release()
+
+    @property
+    def work(self) -> Path:
+        """The folder in which an engine keeps what it goes on from; it exists."""
+        return self._subfolder(WORK)
+
+    @property
+    def shards(self) -> Path:
+        """The folder for results that are written as they come; it exists."""
+        return self._subfolder(SHARDS)
+
+    def _subfolder(self, name: str) -> Path:
+        with _explained(self.folder):
+            (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.should_stop:
+            raise KeyboardInterrupt
+        self.should_stop = True
+        logger.warning("stopping after this step; once more stops at once and loses the step")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"job folder {self.folder} is a file: choose another folder with --job-folder")
+        content = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        foreign = content - {CURRENT, PREVIOUS, TEMPORARY, LOCK, OBJECTS, WORK, SHARDS}
+        if foreign:
+            raise UsageError(f"job folder {self.folder} has other content ({min(foreign)}): choose another folder with --job-folder")
+
+    def _compare(self) -> None:
+        """Raise UsageError naming the fields in which the newest manifest's fingerprint is not ours."""
+        manifest = next(self._manifests(), None)
+        if manifest is None:
+            if any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+                raise InputError(f"job folder {self.folder} is damaged: got no readable state. Start anew with --no-resume")
+            return
+        before, now = manifest.fingerprint, self.fingerprint
+        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if changed:
+            fields = ", ".join(f"{name} (was {_short(before.get(name))}, is {_short(now.get(name))})" for name in changed)
+            raise UsageError(
+                f"job folder {self.folder} holds an unfinished run that differs in {fields}: repeat that command to go on with it, "
+                "start anew with --no-resume, or choose another folder with --job-folder"
+            )
+
+    def _manifests(self) -> Iterator[_Manifest]:
+        """Yield what can be read of CURRENT and PREVIOUS, the newest first."""
+        for name in (CURRENT, PREVIOUS):
+            path = self.folder / name
+            try:
+                yield _Manifest.decode(path.read_bytes())
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("job state %s is damaged (%s), the one before is used", path, error)
+
+    def _object(self, digest: str) -> Path:
+        return self.folder / OBJECTS / f"{digest}.safetensors"
+
+    def load(self) -> State | None:
+        """Return the newest state that is whole, or None for a new job.
+
+        Every byte of it is checked against its SHA-256; a damaged state is skipped with a warning, and InputError is
+        raised when none is left.
+        """
+        damaged = False
+        for manifest in self._manifests():
+            try:
+                return State(manifest.n_steps, {name: self._read(digest) for name, digest in manifest.parts.items()}, manifest.facts)
+            except (InputError, OSError) as error:
+                damaged = True
+                logger.warning("job state of step %d in %s is damaged (%s), the one before is used", manifest.n_steps, self.folder, error)
+        if damaged:
+            raise InputError(f"job folder {self.folder} is damaged: got no state that is whole. Start anew with --no-resume")
+        return None
+
+    def _read(self, digest: str) -> dict[str, NDArray[Any]]:
+        path = self._object(digest)
+        if not path.is_file() or file_sha256(path) != digest:
+            raise InputError(f"checksum of {path}: got another one, expected that of its name. Start anew with --no-resume")
+        return {name: read_array(stored) for name, stored in read_safetensors(path)[1].items()}
+
+    def save(self, state: State) -> None:
+        """Make `state` the one that the job goes on from, durably. Raises OutputError when it cannot be written."""
+        with _explained(self.folder):
+            parts = {name: self._store(arrays) for name, arrays in sorted(state.parts.items())}
+            _flush_folder(self.folder / OBJECTS)
+            self._publish(_Manifest(self.fingerprint, state.n_steps, parts, state.facts).encode())
+            self._collect_garbage()
+
+    def _store(self, arrays: Arrays) -> str:
+        """Write arrays as an object, unless it is there, and return its SHA-256."""
+        digest, temporary = hashlib.sha256(), self.folder / OBJECTS / "writing.tmp"
+
+        def write(piece: memoryview) -> None:
+            digest.update(piece)
+            stream.write(piece)
+
+        with temporary.open("wb") as stream:
+            write_safetensors(write, arrays)
+            _flush(stream)
+        temporary.replace(self._object(digest.hexdigest()))
+        return digest.hexdigest()
+
+    def _publish(self, manifest: bytes) -> None:
+        temporary, current = self.folder / TEMPORARY, self.folder / CURRENT
+        with temporary.open("wb") as stream:
+            stream.write(manifest)
+            _flush(stream)
+        if current.exists():
+            current.replace(self.folder / PREVIOUS)  # killed right here, the job goes on from PREVIOUS
+        temporary.replace(current)
+        _flush_folder(self.folder)
+
+    def _collect_garbage(self) -> None:
+        kept = {self._object(digest) for manifest in self._manifests() for digest in manifest.parts.values()}
+        for path in (self.folder / OBJECTS).iterdir():
+            if path not in kept:
+                path.unlink()
+
+    def stop_if_asked(self, done: str) -> None:
+        """Raise Interrupted when the user has asked to stop; `done` says how far the job is. Call it after `save`."""
+        if self.should_stop:
+            raise Interrupted(f"interrupted after {done}; saved in {self.folder}. Run the same command again to go on")
+
+    def finish(self) -> None:
+        """Forget the state, so that the folder goes when the context ends: the result is published. Call it last."""
+        self._clear()
+
+    def _clear(self) -> None:
+        with _explained(self.folder):
+            for name in (CURRENT, PREVIOUS, TEMPORARY):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in (OBJECTS, WORK, SHARDS):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / OBJECTS).mkdir()
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+# --- steps --------------------------------------------------------------------------------------------------------------
+
+
+class Resumable(Protocol):
+    """Something that sums up and can be put back: see the module's text."""
+
+    def state(self) -> Arrays: ...
+    def restore(self, arrays: Arrays) -> None: ...
+
+
+class Steps:
+    """What an engine tells of its progress: keeps the job's state together with that of the accumulators, by their names.
+
+    A step is saved when `min_seconds` have passed since the last save, and always the last one and when the user asks
+    to stop; 0: every step.
+    """
+
+    def __init__(self, job: Job, accumulators: Mapping[str, Resumable], *, unit: str = "step", min_seconds: float = 0.0) -> None:
+        assert ENGINE not in accumulators
+        self._job, self._accumulators, self._unit, self._min_seconds = job, accumulators, unit, min_seconds
+        self._saved = time.monotonic()
+
+    def begin(self, keep: Callable[[str], bool] | None = None) -> State | None:
+        """Return the state to go on from, with the accumulators put back; None: from the start.
+
+        keep: which of an accumulator's arrays are put back, by name; default all. Raises InputError for a job folder
+        whose states are all damaged.
+        """
+        state = self._job.load()
+        if state is None:
+            return None
+        for name, accumulator in self._accumulators.items():
+            accumulator.restore({label: array for label, array in state.parts[name].items() if keep is None or keep(label)})
+        logger.info("going on after %s %d", self._unit, state.n_steps)
+        return state
+
+    def finished(self, n_steps: int, n_total: int, arrays: Arrays | Callable[[], Arrays] | None = None, *, may_stop: bool = True) -> None:
+        """Take down that `n_steps` of `n_total` steps are finished, with the engine's own arrays (or what makes them).
+
+        may_stop: raise Interrupted, after saving, when the user has asked to stop.
+        """
+        due = time.monotonic() - self._saved >= self._min_seconds
+        if due or n_steps == n_total or self._job.should_stop:
+            parts = {name: accumulator.state() for name, accumulator in self._accumulators.items()}
+            self._job.save(State(n_steps, {**parts, ENGINE: (arrays() if callable(arrays) else arrays) or {}}))
+            self._saved = time.monotonic()
+        if may_stop:
+            self._job.stop_if_asked(f"{self._unit} {n_steps} of {n_total}")

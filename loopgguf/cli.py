@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loopgguf.pipeline import WriteResult
-    from loopgguf.workflow import Settings
+    from loopgguf.planner import TypeRules
+    from loopgguf.workflow import QuantizeRequest, Settings
 
 app = typer.Typer(
     name="loopgguf",
@@ -33,6 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
 )
+
+
+MAX_BPW = 32.0
 
 
 class OutType(StrEnum):
@@ -60,6 +65,26 @@ PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
 ]
 BufferOption = Annotated[str, typer.Option("--max-buffer-size", metavar="SIZE", help="Memory for rows in flight: MiB, or a size with a unit such as 64MiB.")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="Name of a profile, or a YAML/JSON file. Default: balanced; with a size: none, all tensors are free.")
+]
+QuantTypeOption = Annotated[str | None, typer.Option("--quant-type", "--outtype", "--ftype", help="One of llama-quantize's presets instead, such as Q4_K_M.")]
+SizeOption = Annotated[str | None, typer.Option("--size", metavar="SIZE", help="The best file of at most this size, such as 3.2GB: types are chosen by error.")]
+BpwOption = Annotated[float | None, typer.Option("--target-bpw", metavar="BITS", help="The same, in bits per weight of the whole file.")]
+ExactOption = Annotated[bool, typer.Option("--exact-errors", help="Measure errors on all rows rather than on a sample.")]
+ImatrixOption = Annotated[
+    Path | None, typer.Option("--imatrix", help="Importance matrix (GGUF or .dat). Default: made from the calibration text, or the one made before.")
+]
+NoImatrixOption = Annotated[bool, typer.Option("--no-imatrix", help="Quantize without an importance matrix.")]
+TensorTypeOption = Annotated[
+    list[str] | None,
+    typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type of the tensors whose name matches; the first match wins. May be given several times."),
+]
+PureOption = Annotated[bool, typer.Option("--pure", help="One type for all tensors of a preset.")]
+OutputTypeOption = Annotated[str | None, typer.Option("--output-tensor-type", help="Type of output.weight.")]
+EmbeddingTypeOption = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")]
+LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")]
+RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -130,6 +155,49 @@ def _print_written(result: WriteResult, *, verbose: bool) -> None:
         console.print(line, markup=False)
 
 
+def _rules(tensor_type: list[str] | None, output_type: str | None, embedding_type: str | None, **flags: bool) -> TypeRules:
+    from loopgguf.formats import parse_type
+    from loopgguf.planner import TypeRules, parse_overrides
+
+    return TypeRules(
+        overrides=parse_overrides(tensor_type or ()),
+        output_type=parse_type(output_type) if output_type else None,
+        token_embedding_type=parse_type(embedding_type) if embedding_type else None,
+        **flags,
+    )
+
+
+def _request(
+    profile: str | None,
+    quant_type: str | None,
+    size: str | None,
+    target_bpw: float | None,
+    imatrix: Path | None,
+    plan: Path | None,
+    rules: TypeRules,
+    *,
+    use_imatrix: bool,
+) -> QuantizeRequest:
+    """Return the request; raise UsageError when two options say what to make, or the imatrix is given and refused."""
+    from loopgguf.errors import UsageError
+    from loopgguf.formats import parse_size
+    from loopgguf.workflow import QuantizeRequest
+
+    intents = {"--quant-type": quant_type, "--size": size, "--target-bpw": target_bpw, "--plan": plan}
+    given = [f"{flag} {value}" for flag, value in intents.items() if value is not None]
+    given += [f"--profile {profile}"] if profile is not None and (quant_type or plan) else []
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} contradict each other: give one of them")
+    if imatrix is not None and not use_imatrix:
+        raise UsageError("--imatrix and --no-imatrix contradict each other: give one of them")
+    if target_bpw is not None and not 0 < target_bpw <= MAX_BPW:
+        raise UsageError(f"--target-bpw: got {target_bpw}, expected more than 0 and at most {MAX_BPW} bits per weight")
+    if plan is not None and (rules != type(rules)() or not use_imatrix):
+        raise UsageError("--plan already says every type: leave out the options that choose types, or plan again with them")
+    size_bytes = parse_size(size) if size is not None else None
+    return QuantizeRequest(profile, quant_type, size_bytes, target_bpw, plan, rules=rules, imatrix=imatrix, use_imatrix=use_imatrix)
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,24 +232,21 @@ def imatrix(
 def quantize(
     model: ModelArgument,
     output: OutputOption = None,
-    profile: Annotated[str | None, typer.Option("--profile", help="Name of a profile, or a YAML/JSON file. Default: balanced.")] = None,
-    quant_type: Annotated[
-        str | None, typer.Option("--quant-type", "--outtype", "--ftype", help="One of llama-quantize's presets instead, such as Q4_K_M.")
-    ] = None,
-    imatrix_file: Annotated[
-        Path | None, typer.Option("--imatrix", help="Importance matrix (GGUF or .dat). Default: made from the calibration text, or the one made before.")
-    ] = None,
-    no_imatrix: Annotated[bool, typer.Option("--no-imatrix", help="Quantize without an importance matrix.")] = False,
+    profile: ProfileOption = None,
+    quant_type: QuantTypeOption = None,
+    size: SizeOption = None,
+    target_bpw: BpwOption = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Execute a plan that `loopgguf plan` wrote.")] = None,
+    exact_errors: ExactOption = False,
+    imatrix_file: ImatrixOption = None,
+    no_imatrix: NoImatrixOption = False,
     file: TextOption = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Type of the tensors whose name matches; the first match wins. May be given several times."),
-    ] = None,
-    pure: Annotated[bool, typer.Option("--pure", help="One type for all tensors of a preset.")] = False,
-    output_tensor_type: Annotated[str | None, typer.Option("--output-tensor-type", help="Type of output.weight.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")] = None,
-    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")] = False,
-    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")] = False,
+    tensor_type: TensorTypeOption = None,
+    pure: PureOption = False,
+    output_tensor_type: OutputTypeOption = None,
+    token_embedding_type: EmbeddingTypeOption = None,
+    leave_output_tensor: LeaveOutputOption = False,
+    allow_requantize: RequantizeOption = False,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
@@ -191,33 +256,16 @@ def quantize(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line per tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn MODEL into a quantized GGUF by a profile or a preset; verified before it gets its name."""
+    """Turn MODEL into a quantized GGUF by a size, a profile, a preset or a plan; verified before it gets its name."""
     from loopgguf import report
-    from loopgguf.errors import UsageError
-    from loopgguf.formats import parse_type
-    from loopgguf.planner import TypeRules, parse_overrides
-    from loopgguf.workflow import DEFAULT_PROFILE, ImatrixRequest, QuantizeRequest
+    from loopgguf.workflow import ImatrixRequest
     from loopgguf.workflow import quantize as run
 
-    if profile is not None and quant_type is not None:
-        raise UsageError(f"--profile {profile} and --quant-type {quant_type} contradict each other: give one of them")
-    if imatrix_file is not None and no_imatrix:
-        raise UsageError("--imatrix and --no-imatrix contradict each other: give one of them")
-    rules = TypeRules(
-        overrides=parse_overrides(tensor_type or ()),
-        output_type=parse_type(output_tensor_type) if output_tensor_type else None,
-        token_embedding_type=parse_type(token_embedding_type) if token_embedding_type else None,
-        pure=pure,
-        leave_output=leave_output_tensor,
-        allow_requantize=allow_requantize,
-    )
-    request = QuantizeRequest(
-        profile=profile or DEFAULT_PROFILE,
-        quant_type=quant_type,
-        rules=rules,
-        imatrix=imatrix_file,
-        use_imatrix=not no_imatrix,
+    rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
+    request = replace(
+        _request(profile, quant_type, size, target_bpw, imatrix_file, plan_file, rules, use_imatrix=not no_imatrix),
         calibration=ImatrixRequest(tuple(file or ())),
+        exact_errors=exact_errors,
         keep_split=keep_split,
         dry_run=dry_run,
     )
@@ -229,6 +277,66 @@ def quantize(
         _print_json(report.written_json(result))
     else:
         _print_written(result, verbose=verbose or dry_run)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan as JSON, for `quantize --plan`.")] = None,
+    save_tensor_types: Annotated[
+        Path | None, typer.Option("--save-tensor-types", metavar="FILE", help="Write the types as llama-quantize's --tensor-type-file.")
+    ] = None,
+    profile: ProfileOption = None,
+    quant_type: QuantTypeOption = None,
+    size: SizeOption = None,
+    target_bpw: BpwOption = None,
+    exact_errors: ExactOption = False,
+    imatrix_file: ImatrixOption = None,
+    no_imatrix: NoImatrixOption = False,
+    file: TextOption = None,
+    tensor_type: TensorTypeOption = None,
+    pure: PureOption = False,
+    output_tensor_type: OutputTypeOption = None,
+    token_embedding_type: EmbeddingTypeOption = None,
+    leave_output_tensor: LeaveOutputOption = False,
+    allow_requantize: RequantizeOption = False,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    pre_tokenizer: PreTokenizerOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say of each tensor what the next smaller and larger type would do.")] = False,
+) -> None:
+    """Say what MODEL would become, tensor by tensor and to the byte, with the reason of each type."""
+    from loopgguf import report
+    from loopgguf.container import refuse_existing
+    from loopgguf.planfile import save_plan
+    from loopgguf.planfile import save_tensor_types as save_types
+    from loopgguf.workflow import ImatrixRequest, make_plan
+
+    for path in (output, save_tensor_types):
+        if path is not None:
+            refuse_existing(path, overwrite=overwrite)
+    rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
+    request = replace(
+        _request(profile, quant_type, size, target_bpw, imatrix_file, None, rules, use_imatrix=not no_imatrix),
+        calibration=ImatrixRequest(tuple(file or ())),
+        exact_errors=exact_errors,
+        dry_run=True,
+    )
+    with ExitStack() as stack:
+        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer))
+    if output is not None:
+        save_plan(result.saved, output, overwrite=overwrite)
+    if save_tensor_types is not None:
+        save_types(result.saved.plan, save_tensor_types, overwrite=overwrite)
+    _print_notes(result.notes)
+    console = _console()
+    console.print(report.plan_table(result.saved.plan, explain=explain))
+    console.print()
+    console.print(report.plan_types(result.saved.plan))
+    console.print()
+    console.print(
+        f"{result.saved.plan.intent}: {report.size_line(result.saved.plan, result.saved.total_bytes)}, plan {result.saved.plan.hash[:12]}", markup=False
+    )
 
 
 @app.command()

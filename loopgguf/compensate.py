@@ -176,10 +176,12 @@ FULL = (Damping(0.01), Damping(0.05), Damping(0.1), Damping(0.3), Damping(0.1, t
 PROBE_ROWS = 128  # on which dampings are compared
 
 
-def encode_guarded(W: FloatArray, ggml_type: GgmlType, importance: FloatArray, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST) -> Encoding:
+def encode_guarded(
+    W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST
+) -> Encoding:
     """Return the better of the plain encoding and the one with feedback, judged by the held-out matrices.
 
-    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix. dampings: those tried
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those tried
     on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
     """
     plain = ggml.encode_rows(ggml_type, W, importance)

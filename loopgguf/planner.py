@@ -1,8 +1,9 @@
 """(tensors, metadata, intent) → Plan: one row per tensor with its type, exact bytes and the reason. Pure functions.
 
-Three intents: a preset of llama-quantize (`plan_preset`), a profile of rules (`plan_profile`), a plain conversion
-(`plan_conversion`). All share llama-quantize's order: what is never quantized, then forced types, then overrides, then
-the intent, then the fallback for rows that are no whole blocks. Whatever cannot work is refused here, before any work.
+Four intents: a preset of llama-quantize (`plan_preset`), a profile of rules (`plan_profile`), the best file of a size
+(`plan_size`, on measured errors), a plain conversion (`plan_conversion`). All share llama-quantize's order: what is
+never quantized, then forced types, then overrides, then the intent, then the fallback for rows that are no whole
+blocks. Whatever cannot work is refused here, before any work.
 Reads no weights and writes nothing. Sources: llama-quant.cpp (`llama_tensor_get_type`), conversion/base.py.
 """
 
@@ -14,20 +15,36 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from loopgguf.allocation import Choice, Solution, efficient, reachable_bytes, solve, total
 from loopgguf.architectures import tensor_role
-from loopgguf.container import Metadata, Shape, plan_layout
+from loopgguf.container import Metadata, Shape, plan_layout, uint32
 from loopgguf.errors import UsageError
-from loopgguf.formats import FLOAT_TYPES, FORMATS, IMATRIX_IGNORED, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, fallback_type, fits_row, parse_type, tensor_bytes
+from loopgguf.errortable import DEFAULT_TYPES, ErrorTable, Request, TypeDamage, candidate_types
+from loopgguf.formats import (
+    FLOAT_TYPES,
+    FORMATS,
+    GGUF_ALIGNMENT,
+    IMATRIX_IGNORED,
+    INTEGER_TYPES,
+    QUANTIZED_TYPES,
+    GgmlType,
+    fallback_type,
+    fits_row,
+    padded,
+    parse_type,
+    tensor_bytes,
+)
 from loopgguf.presets import PRESETS, Preset, choose_types, find_preset, is_embedding, read_facts, requires_imatrix, why_kept
-from loopgguf.profile import Profile, check_regex
+from loopgguf.profile import Profile, Rule, check_regex
 from loopgguf.source import Tensor
 
 OUTPUT = "output.weight"
 MAX_NAMED = 3  # tensors that an error names before it only counts
 
 HasImportance = Callable[[str], bool]
+_INFORMATION = frozenset({"estimated_error", "explanation"})  # fields of a row that do not change a byte of the file
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -46,6 +63,8 @@ class PlanRow:
     fallback: str = ""
     uses_imatrix: bool = False
     wanted: GgmlType | None = None  # the type that the reason asked for, where a fallback was needed
+    estimated_error: float | None = None  # of a plan by size, in the error table's unit
+    explanation: str = ""  # of a plan by size: what the neighbouring types would save or cost
 
     @property
     def n_weights(self) -> int:
@@ -90,10 +109,10 @@ class Plan:
 
 
 def to_json(plan: Plan) -> str:
-    """Return the plan as canonical JSON: sorted keys, no spaces, types by name."""
+    """Return what decides the bytes as canonical JSON: sorted keys, no spaces, types by name; estimates are left out."""
 
     def plain(items: list[tuple[str, object]]) -> dict[str, object]:
-        return {key: value.name if isinstance(value, GgmlType) else value for key, value in items}
+        return {key: value.name if isinstance(value, GgmlType) else value for key, value in items if key not in _INFORMATION}
 
     return json.dumps(asdict(plan, dict_factory=plain), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
@@ -362,7 +381,7 @@ def plan_profile(
 
     def choose(name: str) -> _Choice:
         for number, rule in enumerate(profile.rules, 1):
-            if rule.applies(name, facts.n_layer, is_tied=is_tied):
+            if rule.type is not None and rule.applies(name, facts.n_layer, is_tied=is_tied):
                 return rule.type, f"profile {profile.name}, rule {number}: {rule}"
         return profile.default, f"profile {profile.name}, default"
 
@@ -378,6 +397,235 @@ def _intent(base: str, rules: TypeRules) -> str:
     for flag, value in (("--output-tensor-type", rules.output_type), ("--token-embedding-type", rules.token_embedding_type)):
         parts += [f"{flag} {value.name}"] if value is not None else []
     return " ".join([*parts, *(["--pure"] if rules.pure else []), *(["--leave-output-tensor"] if rules.leave_output else [])])
+
+
+# --- the best file of a size ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SizedPlan:
+    """A plan within a budget, and what is known about how good it is.
+
+    solution: over the tensors that were free. reachable_bytes: the smallest and the largest file under the same rules.
+    best_preset: of llama-quantize's presets that fit the budget under the same rules, name and estimated error of the
+    best; taken as it is (`is_preset`) should it be estimated better.
+    """
+
+    plan: Plan
+    budget_bytes: int
+    total_bytes: int
+    reachable_bytes: tuple[int, int]
+    solution: Solution
+    best_preset: tuple[str, float] | None
+    is_preset: bool = False
+
+
+@dataclass(frozen=True)
+class SizeProblem:
+    """A model, the rules about it, and what is therefore free: each free tensor with the types it may have.
+
+    profile: its rules with a `type` pin tensors, its floors and ceilings narrow their types, its `types` those of all
+    tensors; its default means nothing when a size is asked for.
+    """
+
+    tensors: Sequence[Tensor]
+    metadata: Metadata
+    rules: TypeRules
+    has_importance: HasImportance | None
+    profile: Profile | None
+    requests: tuple[Request, ...]
+
+    def plan(self, intent: str, types: Mapping[str, GgmlType], reason: str) -> Plan:
+        """Return the plan that gives the free tensors these types."""
+        dominant = max(
+            PRESETS.values(), key=lambda preset: sum(r.tensor.n_rows * r.tensor.n_in for r in self.requests if types[r.tensor.name] is preset.default)
+        )
+
+        def choose_rest(_kept: Mapping[str, str], _pins: Mapping[str, _Choice]) -> Mapping[str, _Choice]:
+            return {**{name: (ggml_type, reason) for name, ggml_type in types.items()}, **self._profile_pins()}
+
+        architecture = read_facts(self.metadata).architecture
+        return _plan(_intent(intent, self.rules), dominant.file_type, self.tensors, self.rules, self.has_importance, choose_rest, architecture)
+
+    def _profile_pins(self) -> Mapping[str, _Choice]:
+        return {} if self.profile is None else _profile_pins(self.profile, self.tensors, read_facts(self.metadata).n_layer)
+
+    def _items(self, table: ErrorTable) -> list[list[Choice]]:
+        """Return the choices of each free tensor, in the order of its request's types, as the solver wants them."""
+        return [
+            [Choice(_padded_bytes(request.tensor, t, self.metadata), damage.estimated_error) for t, damage in measured_types(request, table)]
+            for request in self.requests
+        ]
+
+
+def _padded_bytes(tensor: Tensor, ggml_type: GgmlType, metadata: Metadata) -> int:
+    alignment = metadata.get("general.alignment", uint32(GGUF_ALIGNMENT)).data  # as `plan_layout` pads
+    assert isinstance(alignment, int)
+    return padded(tensor_bytes(ggml_type, tensor.shape), alignment)
+
+
+def measured_types(request: Request, table: ErrorTable) -> list[tuple[GgmlType, TypeDamage]]:
+    """Return the types of a request that hold its weights, each with what it does to them."""
+    row = table.rows[request.tensor.name]
+    return [(t, damage) for t in request.types if (damage := row.damage(t)) is not None]
+
+
+def _profile_pins(profile: Profile, tensors: Sequence[Tensor], n_layer: int) -> dict[str, _Choice]:
+    """Return what the rules with a type say, for the tensors that one of them is about."""
+    is_tied = all(tensor.name != OUTPUT for tensor in tensors)
+    pins: dict[str, _Choice] = {}
+    for number, rule in enumerate(profile.rules, 1):
+        for tensor in tensors:
+            if rule.type is not None and tensor.name not in pins and rule.applies(tensor.name, n_layer, is_tied=is_tied):
+                pins[tensor.name] = rule.type, f"profile {profile.name}, rule {number}: {rule}"
+    return pins
+
+
+def _within_bounds(types: Sequence[GgmlType], name: str, bounds: Sequence[Rule]) -> tuple[GgmlType, ...]:
+    """Return the types between the floors and ceilings; raise UsageError where none is."""
+    low = max((FORMATS[rule.floor].bpw for rule in bounds if rule.floor is not None), default=0.0)
+    high = min((FORMATS[rule.ceiling].bpw for rule in bounds if rule.ceiling is not None), default=math.inf)
+    kept = tuple(t for t in types if low <= FORMATS[t].bpw <= high)
+    if not kept:
+        raise UsageError(
+            f"tensor {name}: got the types {', '.join(t.name for t in types)}, none of {low:g} to {high:g} bits as the profile asks. Widen its limits"
+        )
+    return kept
+
+
+def size_problem(
+    tensors: Sequence[Tensor],
+    metadata: Metadata,
+    rules: TypeRules | None = None,
+    has_importance: HasImportance | None = None,
+    profile: Profile | None = None,
+) -> SizeProblem:
+    """Return what has to be measured (`requests`) and solved to plan a size; arguments as for `plan_preset`.
+
+    Raises UsageError for rules that cannot be met.
+    """
+    rules = rules or TypeRules()
+    if rules.pure:
+        raise UsageError("--pure makes all tensors of one type, a size is met by mixing them: use --quant-type with --pure, or leave one out")
+    facts = read_facts(metadata)
+    is_tied = all(tensor.name != OUTPUT for tensor in tensors)
+    pinned = _profile_pins(profile, tensors, facts.n_layer) if profile is not None else {}
+    types = profile.types if profile is not None and profile.types else DEFAULT_TYPES
+    limits = [rule for rule in profile.rules if rule.type is None] if profile is not None else []
+    requests: list[Request] = []
+
+    def choose_rest(kept: Mapping[str, str], pins: Mapping[str, _Choice]) -> Mapping[str, _Choice]:
+        for tensor in tensors:
+            if not {tensor.name}.isdisjoint((*kept, *pins, *pinned)):
+                continue
+            possible = candidate_types(tensor, types, has_importance=has_importance is not None and has_importance(tensor.name))
+            bounds = [rule for rule in limits if rule.applies(tensor.name, facts.n_layer, is_tied=is_tied)]
+            requests.append(Request(tensor, _within_bounds(possible, tensor.name, bounds)))
+        return {**{r.tensor.name: (r.tensor.type, "free") for r in requests}, **pinned}
+
+    _plan("size", 0, tensors, rules, has_importance, choose_rest, facts.architecture)
+    if not requests:
+        raise UsageError("a size was asked for, but the rules given (--tensor-type and the like) leave no tensor free. Leave one of them out")
+    return SizeProblem(tensors, metadata, rules, has_importance, profile, tuple(requests))
+
+
+def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measure_file: Callable[[Plan], int]) -> SizedPlan:
+    """Return the plan of least estimated error whose file has at most `budget_bytes`, exact to the byte.
+
+    table: the measured errors of `problem.requests`. measure_file: the exact bytes of the finished file (or files) of a
+    plan, header and padding included. Raises UsageError naming the reachable interval when the budget is outside it.
+    """
+    items = problem._items(table)
+    choices = [[t for t, _ in measured_types(request, table)] for request in problem.requests]
+    names = [request.tensor.name for request in problem.requests]
+    intent = f"size {budget_bytes} bytes"
+    reason = f"least error within {budget_bytes:,} bytes"
+
+    def draw(picks: Sequence[int]) -> Plan:
+        return problem.plan(intent, {n: types[k] for n, types, k in zip(names, choices, picks, strict=True)}, reason)
+
+    def overhead(picks: Sequence[int]) -> int:
+        return measure_file(draw(picks)) - total(items, picks)[0]
+
+    smallest, largest = ([sizes.index(pick(sizes)) for sizes in ([c.n_bytes for c in item] for item in items)] for pick in (min, max))
+    # the header's size depends on the plan only in whether it names an imatrix
+    fixed = max(overhead(smallest), overhead(largest))
+    reachable = measure_file(draw(smallest)), measure_file(draw(largest))
+    if not reachable[0] <= budget_bytes <= reachable[1]:
+        raise UsageError(
+            f"size: got {budget_bytes:,} bytes, expected {reachable[0]:,} to {reachable[1]:,}, which is what this model can be under these rules. "
+            f"Ask for a size between, or change the rules"
+        )
+    room = max(budget_bytes - fixed, reachable_bytes(items)[0])
+    solution = solve(items, room)
+    preset, is_preset = _best_preset(problem, items, choices, room), False
+    if preset is not None and preset[1].error < solution.error * (1 - _TIE):
+        solution, is_preset = preset[1], True
+        reason = f"preset {preset[0]}, estimated better than the solver's plan"
+    plan = _explain(draw(solution.picks), problem, table, solution)
+    total_bytes = measure_file(plan)
+    assert total_bytes <= budget_bytes, (total_bytes, budget_bytes)
+    best = (preset[0], preset[1].error) if preset is not None else None
+    return SizedPlan(plan, budget_bytes, total_bytes, reachable, solution, best, is_preset)
+
+
+def describe_sized(sized: SizedPlan, table: ErrorTable) -> list[str]:
+    """Return what a user should know of a plan by size, a line each."""
+    bases = Counter(row.basis.value for row in table.rows.values())
+    rests_on = "gradients" if set(bases) == {"gradients"} else f"a prior per kind of tensor for {bases['prior']} of {len(table.rows)} tensors (no gradients)"
+    solution = sized.solution
+    lines = [
+        f"size: {sized.total_bytes:,} of {sized.budget_bytes:,} bytes; reachable are {sized.reachable_bytes[0]:,} to {sized.reachable_bytes[1]:,}",
+        f"estimated error {solution.error:.4g} nats per token, at most {100 * solution.gap:.2g} % above the best allocation; it rests on {rests_on}",
+    ]
+    if sized.best_preset is not None:
+        lines.append(f"llama-quantize's best preset within the same size: {sized.best_preset[0]}, estimated error {sized.best_preset[1]:.4g}")
+    return lines
+
+
+_TIE = 1e-6  # relative: a difference of estimates that says nothing
+
+
+def _best_preset(problem: SizeProblem, items: Sequence[Sequence[Choice]], choices: Sequence[Sequence[GgmlType]], room: int) -> tuple[str, Solution] | None:
+    """Return the preset of least estimated error among those that fit and whose types all were measured, as an allocation."""
+    found: list[tuple[str, Solution]] = []
+    for preset in PRESETS.values():
+        try:
+            plan = plan_preset(problem.tensors, problem.metadata, preset, problem.rules, problem.has_importance)
+        except UsageError:  # it needs an imatrix, or rows of other lengths
+            continue
+        types = {row.name: row.type for row in plan.rows}
+        wanted = [types[request.tensor.name] for request in problem.requests]
+        if all(t in measured for t, measured in zip(wanted, choices, strict=True)):
+            picks = tuple(measured.index(t) for t, measured in zip(wanted, choices, strict=True))
+            n_bytes, error = total(items, picks)
+            if n_bytes <= room:
+                found.append((preset.name, Solution(picks, n_bytes, error, 0.0, 0.0)))
+    return min(found, key=lambda item: item[1].error, default=None)
+
+
+def _explain(plan: Plan, problem: SizeProblem, table: ErrorTable, solution: Solution) -> Plan:
+    """Return the plan with each free tensor's estimated error, and in words what the next larger and smaller type would do."""
+    requests = {request.tensor.name: request for request in problem.requests}
+
+    def explained(row: PlanRow) -> PlanRow:
+        if row.name not in requests:
+            return row
+        tensor = requests[row.name].tensor
+        measured = measured_types(requests[row.name], table)
+        sizes = [Choice(_padded_bytes(tensor, t, problem.metadata), damage.estimated_error) for t, damage in measured]
+        at = next(k for k, (t, _) in enumerate(measured) if t is row.type)
+        order = efficient(sizes)
+        smaller = [k for k in order if sizes[k].n_bytes < sizes[at].n_bytes][-1:]
+        larger = [k for k in order if sizes[k].n_bytes > sizes[at].n_bytes][:1]
+        parts = [
+            f"{measured[k][0].name} would {verb} {abs(sizes[k].n_bytes - sizes[at].n_bytes):,} bytes and {does} {abs(sizes[k].error - sizes[at].error):.2g}"
+            for verb, does, found in (("save", "cost", smaller), ("take", "gain", larger))
+            for k in found
+        ]
+        return replace(row, estimated_error=sizes[at].error, explanation="; ".join(parts))
+
+    return replace(plan, rows=tuple(explained(row) for row in plan.rows))
 
 
 # --- plain conversion -------------------------------------------------------------------------------------------------

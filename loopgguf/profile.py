@@ -17,7 +17,7 @@ import yaml
 
 from loopgguf.architectures import tensor_role
 from loopgguf.errors import UsageError
-from loopgguf.formats import GgmlType, parse_type
+from loopgguf.formats import FORMATS, GgmlType, parse_type
 from loopgguf.presets import PRESETS, find_preset
 
 PROFILE_FOLDER = Path(__file__).parent / "profiles"
@@ -27,8 +27,8 @@ ROLES = (
     *("token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_gate"),
     *("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b", "ffn_gate", "ffn_up", "ffn_down"),
 )
-_PROFILE_KEYS = ("name", "description", "file_type", "default", "rules")
-_RULE_KEYS = ("role", "layers", "match", "type")
+_PROFILE_KEYS = ("name", "description", "file_type", "default", "types", "rules")
+_RULE_KEYS = ("role", "layers", "match", "type", "floor", "ceiling")
 _LAYER_KEYS = ("first", "last")
 
 Extent = int | Fraction  # so many layers, or this part of them
@@ -52,14 +52,19 @@ class Layers:
 class Rule:
     """Gives `type` to the tensors that meet all of its conditions; an empty condition is met by all.
 
+    Without a `type` it bounds the types that a plan by size may choose: none of fewer bits than `floor`, none of more
+    than `ceiling`; all such rules that apply count.
+
     A role also covers the experts and the shared expert (`ffn_down` → `ffn_down_exps`, `ffn_down_shexp`), `token_embd`
     the per-layer embeddings too.
     """
 
-    type: GgmlType
+    type: GgmlType | None
     roles: tuple[str, ...] = ()
     layers: Layers | None = None
     match: str = ""
+    floor: GgmlType | None = None
+    ceiling: GgmlType | None = None
 
     def applies(self, name: str, n_layer: int, *, is_tied: bool) -> bool:
         """Tell whether the rule is about this tensor of a model of `n_layer` layers. Tied token embeddings are the output too."""
@@ -80,13 +85,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Profile:
-    """An intent by rules: the first that applies decides, else `default`; `file_type` goes to `general.file_type`."""
+    """An intent by rules: the first with a type that applies decides, else `default`; `file_type` goes to `general.file_type`.
+
+    types: the only ones that a plan by size may choose from; empty: all that are worth it.
+    """
 
     name: str
     description: str
     rules: tuple[Rule, ...]
     default: GgmlType
     file_type: int
+    types: tuple[GgmlType, ...] = ()
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -118,6 +127,16 @@ def _type(data: Mapping[str, object], key: str, where: str) -> GgmlType:
         return parse_type(_text(data, key, where))
     except UsageError as error:
         raise UsageError(f"{key} in {where}: {error}") from None
+
+
+def _types(value: object, where: str) -> tuple[GgmlType, ...]:
+    if not isinstance(value, list):
+        raise UsageError(f"types in {where}: got {_show(value)}, expected a list of ggml types such as [IQ4_XS, Q5_K, Q6_K]")
+    types = tuple(_type({"types": item}, "types", where) for item in value)
+    twice = next((t for t in types if types.count(t) > 1), None)
+    if twice is not None:
+        raise UsageError(f"types in {where}: got {twice.name} twice, expected each once. Remove one")
+    return types
 
 
 def _extent(value: object, where: str) -> Extent:
@@ -166,13 +185,21 @@ def check_regex(pattern: str, where: str) -> str:
 
 def _rule(data: object, where: str) -> Rule:
     keys = _check_keys(data, _RULE_KEYS, where)
+    verdict = keys.keys() & {"type", "floor", "ceiling"}
     if keys.keys() <= {"type"}:
         raise UsageError(f"{where}: got no condition, expected role, layers or match. A type for all tensors is the profile's default")
+    if "type" in verdict and len(verdict) > 1:
+        raise UsageError(f"{where}: got {', '.join(sorted(verdict))}, expected a type, or a floor and a ceiling for plans by size. Make two rules of it")
+    floor, ceiling = (_type(keys, key, where) if key in keys else None for key in ("floor", "ceiling"))
+    if floor is not None and ceiling is not None and FORMATS[floor].bpw > FORMATS[ceiling].bpw:
+        raise UsageError(f"{where}: got the floor {floor.name} above the ceiling {ceiling.name}, expected it at or below. Swap them")
     return Rule(
-        type=_type(keys, "type", where),
+        type=None if verdict and "type" not in verdict else _type(keys, "type", where),
         roles=_roles(keys["role"], where) if "role" in keys else (),
         layers=_layers(keys["layers"], where) if "layers" in keys else None,
         match=check_regex(_text(keys, "match", where, ""), where),
+        floor=floor,
+        ceiling=ceiling,
     )
 
 
@@ -215,6 +242,7 @@ def parse_profile(text: str, where: str, name: str = "") -> Profile:
         rules=tuple(_rule(rule, f"rule {i} of {where}") for i, rule in enumerate(rules, 1)),
         default=default,
         file_type=_file_type(_text(keys, "file_type", where, default.name), where),
+        types=_types(keys.get("types", []), where),
     )
 
 

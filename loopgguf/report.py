@@ -48,15 +48,31 @@ def names_text(names: Sequence[str], n_shown: int = 3) -> str:
     return ", ".join(names[:n_shown]) + more
 
 
+def shares_table(shares: Sequence[Share]) -> Table:
+    """Return one line per source of calibration text: documents used and read, tokens, share of all tokens."""
+    result = table("source", "documents", "read", "tokens", "share", numbers=("documents", "read", "tokens", "share"))
+    total = sum(share.n_tokens for share in shares)
+    for share in shares:
+        result.add_row(share.name, f"{share.n_documents:,}", f"{share.n_read:,}", f"{share.n_tokens:,}", f"{share.n_tokens / total:.1%}")
+    return result
+
+
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return one line per tensor: what it is, what it becomes, its exact bytes, and why."""
-    result = table("tensor", "shape", "from", "to", "bytes", "reason", numbers=("bytes",))
+def plan_table(plan: Plan, *, explain: bool = False) -> Table:
+    """Return one line per tensor: what it is, what it becomes, its exact bytes, and why.
+
+    A plan by size has the estimated error too, and with `explain` what the neighbouring types would do.
+    """
+    estimates = any(row.estimated_error is not None for row in plan.rows)
+    headings = ("tensor", "shape", "from", "to", "bytes", *(("est. error",) if estimates else ()), "reason")
+    result = table(*headings, numbers=("bytes", "est. error"))
     for row in plan.rows:
-        reason = f"{row.reason}; {row.fallback}" if row.fallback else row.reason
-        result.add_row(row.name, shape_text(row.shape), row.source_type.name, row.type.name, f"{row.n_bytes:,}", reason)
+        reason = "; ".join(filter(None, (row.reason, row.fallback, row.explanation if explain else "")))
+        estimate = "" if row.estimated_error is None else f"{row.estimated_error:.2e}"
+        cells = (row.name, shape_text(row.shape), row.source_type.name, row.type.name, f"{row.n_bytes:,}")
+        result.add_row(*cells, *((estimate,) if estimates else ()), reason)
     return result
 
 

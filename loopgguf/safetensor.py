@@ -42,8 +42,9 @@ _DTYPE_BITS = {
 }
 # what numpy has a type for
 _NUMPY_DTYPES = {
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"},
-    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"},
+    **dict(zip(("F64", "F32", "F16"), ("<f8", "<f4", "<f2"), strict=True)),
+    **{f"{kind}{8 * n_bytes}": f"<{kind.lower()}{n_bytes}" for kind in "IU" for n_bytes in (1, 2, 4, 8)},
+    "BOOL": "?",
 }
 
 
@@ -152,23 +153,24 @@ def read_array(stored: StoredTensor) -> NDArray[Any]:
     return values.reshape(stored.shape)
 
 
-def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
     """Hand the bytes of a safetensors file that holds `arrays` to `write`, piece by piece: the same arrays, the same bytes.
 
-    Tensors are sorted by name and never copied whole; memory-mapped ones may be larger than memory.
+    Tensors are sorted by name; contiguous ones are never copied whole, and memory-mapped ones may be larger than memory.
     """
-    write(memoryview(plan_header((name, array.dtype, array.shape) for name, array in arrays.items())))
+    write(memoryview(plan_header(((name, array.dtype, array.shape) for name, array in arrays.items()), metadata)))
     for _, array in sorted(arrays.items()):
         rows = array.reshape(-1)
         for start in range(0, rows.size, _SLAB_VALUES):
             slab = np.ascontiguousarray(rows[start : start + _SLAB_VALUES])
-            write(memoryview(slab.astype(slab.dtype.newbyteorder("<"), copy=False)).cast("B"))
+            write(slab.astype(slab.dtype.newbyteorder("<"), copy=False).data.cast("B"))
 
 
-def plan_header(tensors: Iterable[tuple[str, np.dtype[Any], Shape]]) -> bytes:
+def plan_header(tensors: Iterable[tuple[str, np.dtype[Any], Shape]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the length and the header of a file that holds these (name, numpy type, shape), in order of their names."""
     spelled = {np.dtype(numpy_name): name for name, numpy_name in _NUMPY_DTYPES.items()}
-    entries, offset = {}, 0
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[0]):
         n_bytes = math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": spelled[dtype.newbyteorder("<")], "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}

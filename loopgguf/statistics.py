@@ -1,7 +1,9 @@
-"""imatrix: sum up what calibration shows, load, merge, check against a model, save.
+"""imatrix files: load, merge, check against a model, save.
 
-`ColumnSums` takes the activations that `activations.py` shows it; `Statistics` is the result by GGUF tensor name.
-Reads llama.cpp's GGUF imatrix and the legacy .dat, told apart by content; writes the GGUF form. Runs no model.
+`Statistics` is what an imatrix holds, by GGUF tensor name; `accumulators.ColumnSums` makes it from activations. Reads
+and writes llama.cpp's GGUF imatrix and the legacy .dat, told apart by content. Tensors that end in `.in_sum` and
+`.in_max` carry Σx and max |x| beside llama.cpp's own two: its loader passes over other endings. Runs no model; what the
+numbers say is told by `summary.py`.
 Sources: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp, tools/quantize/quantize.cpp (`load_imatrix`).
 """
 
@@ -12,37 +14,29 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_gguf
+from loopgguf.accumulators import Columns, ColumnSums, FloatArray
+from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, PartFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_gguf
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 
-FloatArray = NDArray[np.float32]
+__all__ = ["ColumnSums", "Columns", "Coverage", "Statistics", "check_coverage", "load_imatrix", "merge", "sanitize_importance", "save_imatrix"]
 
-SUMS, COUNTS = ".in_sum2", ".counts"
+ImatrixFormat = Literal["gguf", "dat"]
+
+SQUARES, COUNTS, SUMS, MAXIMA = ".in_sum2", ".counts", ".in_sum", ".in_max"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-MAX_WEIGHT_NAME_BYTES = MAX_NAME_BYTES - len(SUMS)
+MAX_WEIGHT_NAME_BYTES = MAX_NAME_BYTES - len(SQUARES)
 # of a matrix's median positive importance: below this a whole block would be encoded as zeros (ggml-quants.c divides
 # by sums of importances); the median, not the mean, because one massive activation can be 10⁶ times its neighbours
 FLOOR = np.float32(1e-6)
 # the input embedding is looked up, not multiplied: no column of it is ever seen, and a tied head goes by its name
 NEVER_COLLECTED = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Σx² per input column of one weight: sum_squares (n_matrices, n_in), counts (n_matrices,) of token rows, float32.
-
-    A file that keeps one count for several matrices (legacy .dat) gives one row of n_matrices · n_in, which
-    `check_coverage` splits.
-    """
-
-    sum_squares: FloatArray
-    counts: FloatArray
+HEAD = "output.weight"
 
 
 @dataclass(frozen=True)
@@ -65,71 +59,46 @@ class Statistics:
         columns = self.columns.get(name)
         if columns is None:
             return None
-        counts = np.floor(columns.counts + np.float32(0.5)).astype(np.float32)[:, None]  # lround
+        counts = columns.counts.astype(np.float32)[:, None]
         return np.where(counts > 0, columns.sum_squares / np.maximum(counts, np.float32(1)), np.float32(1))
-
-
-class ColumnSums:
-    """An accumulator of Σx² per input column and of token counts, as llama-imatrix keeps them.
-
-    Each slab is summed in float32, the slabs in float64, so the result hardly depends on how tokens were grouped.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[int, NDArray[np.float64]]] = {}
-        self._counts: dict[str, dict[int, int]] = {}
-
-    def add(self, name: str, matrix: int | None, X: FloatArray) -> None:
-        """Add a slab X (n_tokens, n_in) float32 of inputs of matrix `matrix` (None: the only one) of weight `name`.
-
-        n_tokens may be 0: an expert that exists and was not reached. Raises InputError naming the weight and column
-        when an activation is not finite.
-        """
-        sums = self._sums.setdefault(name, {})
-        counts = self._counts.setdefault(name, {})
-        i = matrix or 0
-        with np.errstate(over="ignore", invalid="ignore"):  # reported right below
-            slab = np.einsum("ij,ij->j", X, X)
-        if not np.isfinite(slab).all():
-            column = int(np.flatnonzero(~np.isfinite(slab))[0])
-            raise InputError(f"activations of {name}: got a NaN or infinite input in column {column}, expected finite ones. The weights are damaged")
-        sums[i] = sums.get(i, 0.0) + slab.astype(np.float64)
-        counts[i] = counts.get(i, 0) + len(X)
-
-    def columns(self) -> dict[str, Columns]:
-        """Return what was summed so far, by weight, sorted by name."""
-        columns = {}
-        for name, sums in sorted(self._sums.items()):
-            assert sorted(sums) == list(range(len(sums))), (name, sorted(sums))
-            values = np.stack([sums[i] for i in range(len(sums))]).astype(np.float32)
-            columns[name] = Columns(values, np.array([self._counts[name][i] for i in range(len(sums))], np.float32))
-        return columns
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _checked(name: str, path: Path, sums: FloatArray, counts: FloatArray) -> Columns:
-    """Return flat sums and counts as Columns; raises InputError naming the weight for anything llama-quantize trips over."""
-    for what, values in (("sums of squares", sums), ("counts", counts)):
-        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-        if bad.size:
-            raise InputError(
-                f"{what} of {name} in {path}: got {values[bad[0]]} at index {bad[0]} and {bad.size} bad values in all, "
-                "expected finite ones from 0. Make the imatrix again"
-            )
-    if sums.size % counts.size:
-        raise InputError(f"shape of {name} in {path}: got {sums.size} sums for {counts.size} counts, expected a whole multiple. Make the imatrix again")
-    if not np.rint(counts).any():
+def _refuse_values(what: str, name: str, path: Path, values: FloatArray, *, least: float) -> None:
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= least)))
+    if bad.size:
+        expected = "finite ones" if least == -math.inf else f"finite ones from {least:g}"
+        raise InputError(
+            f"{what} of {name} in {path}: got {values[bad[0]]} at index {bad[0]} and {bad.size} bad values in all, expected {expected}. Make the imatrix again"
+        )
+
+
+def _checked(name: str, path: Path, squares: FloatArray, counts: FloatArray, sums: FloatArray | None = None, maxima: FloatArray | None = None) -> Columns:
+    """Return flat values as Columns; raises InputError naming the weight for anything llama-quantize trips over, and for moments that do not fit."""
+    _refuse_values("sums of squares", name, path, squares, least=0)
+    _refuse_values("counts", name, path, counts, least=0)
+    if squares.size % counts.size:
+        raise InputError(f"shape of {name} in {path}: got {squares.size} sums for {counts.size} counts, expected a whole multiple. Make the imatrix again")
+    whole_counts = np.floor(counts.astype(np.float64) + 0.5).astype(np.int64)  # lround
+    if not whole_counts.any():
         raise InputError(f"counts of {name} in {path}: got 0 tokens, expected at least 1. Make the imatrix again with more text")
-    return Columns(sums.reshape(counts.size, -1), counts)
+    shape = (counts.size, squares.size // counts.size)
+    for what, values, least in ((SUMS, sums, -math.inf), (MAXIMA, maxima, 0)):
+        if values is not None:
+            _refuse_values(what, name, path, values, least=least)
+            if values.size != squares.size:
+                raise InputError(f"shape of {name}{what} in {path}: got {values.size} values, expected {squares.size}. Make the imatrix again")
+    return Columns(squares.reshape(shape), whole_counts, None if sums is None else sums.reshape(shape), None if maxima is None else maxima.reshape(shape))
 
 
 def load_imatrix(path: Path) -> Statistics:
     """Return the statistics in an imatrix file, GGUF or legacy .dat, told apart by content.
 
-    Raises InputError naming file and weight for a missing key, a tensor without its partner, a type other than F32, a
-    value that is NaN, infinite or negative, a wrong shape, a weight without any token, or a truncated file.
+    A GGUF may carry Σx and max |x| too (`.in_sum`, `.in_max`); tensors with other endings are passed over. Raises
+    InputError naming file and weight for a missing key, a tensor without its partner, a type other than F32, a value
+    that is NaN, infinite or negative, a wrong shape, a weight without any token, or a truncated file.
     """
     try:
         return _load_gguf(path) if is_gguf(path) else _load_legacy(path)
@@ -170,15 +139,17 @@ def _load_gguf(path: Path) -> Statistics:
         _refuse_key(path, "general.type", repr(kind.data), "'imatrix'")
     datasets, n_chunks, chunk_size = _read_datasets(file), _read_count(file, CHUNK_COUNT), _read_count(file, CHUNK_SIZE)
     infos = {info.name: info for info in file.tensors}
-    names = sorted({name.removesuffix(suffix) for name in infos for suffix in (SUMS, COUNTS) if name.endswith(suffix)})
+    names = sorted({name.removesuffix(suffix) for name in infos for suffix in (SQUARES, COUNTS) if name.endswith(suffix)})
     if not names:
-        raise InputError(f"tensors of {path}: got no {SUMS} among {len(infos)}, expected an imatrix. Make one with `loopgguf imatrix`")
+        raise InputError(f"tensors of {path}: got no {SQUARES} among {len(infos)}, expected an imatrix. Make one with `loopgguf imatrix`")
     columns = {}
     for name in names:
-        missing = [name + suffix for suffix in (SUMS, COUNTS) if name + suffix not in infos]
+        missing = [name + suffix for suffix in (SQUARES, COUNTS) if name + suffix not in infos]
         if missing:
-            raise InputError(f"tensors of {name} in {path}: got no {missing[0]}, expected {SUMS} and {COUNTS} together. Make the imatrix again")
-        columns[name] = _checked(name, path, _read_values(file, infos[name + SUMS]), _read_values(file, infos[name + COUNTS]))
+            raise InputError(f"tensors of {name} in {path}: got no {missing[0]}, expected {SQUARES} and {COUNTS} together. Make the imatrix again")
+        values = [_read_values(file, infos[name + suffix]) if name + suffix in infos else None for suffix in (SQUARES, COUNTS, SUMS, MAXIMA)]
+        assert values[0] is not None and values[1] is not None
+        columns[name] = _checked(name, path, values[0], values[1], values[2], values[3])
     return Statistics(columns, datasets, n_chunks, chunk_size)
 
 
@@ -245,11 +216,24 @@ def _load_legacy(path: Path) -> Statistics:
     return Statistics(columns, (datasets,) if datasets else (), n_chunks, 0)
 
 
-def save_imatrix(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
-    """Write the statistics as llama.cpp's GGUF imatrix: the same statistics, the same bytes.
+def choose_format(path: Path, asked: ImatrixFormat | None = None) -> ImatrixFormat:
+    """Return the form to write an imatrix in: as asked, else the legacy one for a name that ends in `.dat`, else GGUF."""
+    return asked or ("dat" if path.suffix == ".dat" else "gguf")
 
+
+def save_imatrix(statistics: Statistics, path: Path, *, overwrite: bool = False, output_format: ImatrixFormat | None = None) -> None:
+    """Write the statistics as llama.cpp's GGUF imatrix, or as its legacy .dat: the same statistics, the same bytes.
+
+    The legacy form has no place for Σx, max |x|, counts per expert and more than one data set (their names are joined).
     Raises OutputError when the file exists and may not be overwritten, or cannot be written.
     """
+    if choose_format(path, output_format) == "gguf":
+        _save_gguf(statistics, path, overwrite=overwrite)
+    else:
+        _save_legacy(statistics, path, overwrite=overwrite)
+
+
+def _save_gguf(statistics: Statistics, path: Path, *, overwrite: bool) -> None:
     metadata = {
         "general.type": string("imatrix"),
         DATASETS: array(ValueType.STRING, statistics.datasets),
@@ -258,9 +242,28 @@ def save_imatrix(statistics: Statistics, path: Path, *, overwrite: bool = False)
     }
     tensors: list[tuple[str, GgmlType, NDArray[np.float32]]] = []
     for name, columns in sorted(statistics.columns.items()):
-        tensors.append((name + SUMS, GgmlType.F32, columns.sum_squares.astype("<f4", copy=False)))
-        tensors.append((name + COUNTS, GgmlType.F32, columns.counts.astype("<f4", copy=False)[:, None]))
+        moments = ((SQUARES, columns.sum_squares), (COUNTS, columns.counts[:, None]), (SUMS, columns.sums), (MAXIMA, columns.max_abs))
+        tensors += [(name + suffix, GgmlType.F32, values.astype("<f4", copy=False)) for suffix, values in moments if values is not None]
     write_gguf(path, metadata, tensors, overwrite=overwrite)
+
+
+def _save_legacy(statistics: Statistics, path: Path, *, overwrite: bool) -> None:
+    """Write entries of mean x² · calls, a call being a chunk, counted up (imatrix.cpp, `save_imatrix_legacy`)."""
+    entries = [_legacy_entry(name, columns, statistics.chunk_size or 1) for name, columns in sorted(statistics.columns.items())]
+    datasets = ", ".join(statistics.datasets).encode()
+    data = struct.pack("<i", len(entries)) + b"".join(entries) + struct.pack("<ii", statistics.n_chunks, len(datasets)) + datasets
+    with PartFile(path, len(data), overwrite=overwrite) as part:
+        part.write_at(0, data)
+        part.sync()
+        part.publish()
+
+
+def _legacy_entry(name: str, columns: Columns, chunk_size: int) -> bytes:
+    n_calls = -(-int(columns.counts.max()) // chunk_size)
+    counts = columns.counts.astype(np.float32)[:, None]
+    means = np.where(counts > 0, columns.sum_squares / np.maximum(counts, np.float32(1)), np.float32(1))
+    values = (means * np.float32(n_calls)).astype("<f4")
+    return struct.pack("<i", len(name.encode())) + name.encode() + struct.pack("<ii", n_calls, values.size) + values.tobytes()
 
 
 # --- use --------------------------------------------------------------------------------------------------------------
@@ -270,8 +273,7 @@ def _in_tokens(part: Statistics, chunk_size: int) -> Mapping[str, Columns]:
     """Return the columns with counts in tokens: a legacy file counts chunks of an unknown size, taken as `chunk_size`."""
     if part.chunk_size or not chunk_size:
         return part.columns
-    factor = np.float32(chunk_size)
-    return {name: Columns(c.sum_squares * factor, c.counts * factor) for name, c in part.columns.items()}
+    return {name: Columns(c.sum_squares * np.float32(chunk_size), c.counts * chunk_size) for name, c in part.columns.items()}
 
 
 def _merge_columns(name: str, parts: Sequence[Columns]) -> Columns:
@@ -279,22 +281,38 @@ def _merge_columns(name: str, parts: Sequence[Columns]) -> Columns:
     if len({part.sum_squares.size for part in parts}) > 1 or any(part.counts.size not in (1, n_matrices) for part in parts):
         shapes = " and ".join(str(part.sum_squares.shape) for part in parts)
         raise InputError(f"columns of {name}: got {shapes}, expected the same in every imatrix. They are of different models")
-    sums = sum(part.sum_squares.reshape(n_matrices, -1).astype(np.float64) for part in parts)
-    counts = sum(np.broadcast_to(part.counts, n_matrices).astype(np.float64) for part in parts)
-    return Columns(np.asarray(sums, np.float32), np.asarray(counts, np.float32))
+
+    def stack(values: Iterable[FloatArray | None]) -> NDArray[np.float64] | None:
+        """Return (n_parts, n_matrices, n_in), or None where one part does not know."""
+        known = [value.reshape(n_matrices, -1).astype(np.float64) for value in values if value is not None]
+        return np.stack(known) if len(known) == len(parts) else None
+
+    squares, sums, maxima = stack(part.sum_squares for part in parts), stack(part.sums for part in parts), stack(part.max_abs for part in parts)
+    assert squares is not None
+    return Columns(
+        squares.sum(axis=0).astype(np.float32),
+        np.stack([np.broadcast_to(part.counts, n_matrices) for part in parts]).sum(axis=0),
+        None if sums is None else sums.sum(axis=0).astype(np.float32),
+        None if maxima is None else maxima.max(axis=0).astype(np.float32),
+    )
 
 
-def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Return the statistics of all parts together: sums and counts added, data sets listed in order.
+def merge(parts: Sequence[Statistics], chunk_size: int | None = None) -> Statistics:
+    """Return the statistics of all parts together: sums and counts added, maxima kept, data sets listed in order.
 
-    Raises InputError naming the weight when the parts are of different models.
+    chunk_size: that of the result, in tokens, by which the calls of legacy parts count; default that of the first part
+    that has one. The number of chunks is the largest count over it, as in imatrix.cpp. Σx and max |x| of a weight are
+    kept where all parts with the weight have them. Raises InputError naming the weight when the parts are of different
+    models.
     """
     assert parts
-    chunk_size = next((part.chunk_size for part in parts if part.chunk_size), 0)
+    chunk_size = chunk_size or next((part.chunk_size for part in parts if part.chunk_size), 0)
     columns = [_in_tokens(part, chunk_size) for part in parts]
     names = sorted({name for part in columns for name in part})
     merged = {name: _merge_columns(name, [part[name] for part in columns if name in part]) for name in names}
-    return Statistics(merged, tuple(d for part in parts for d in part.datasets), sum(part.n_chunks for part in parts), chunk_size)
+    largest = max((int(c.counts.max()) for c in merged.values()), default=0)
+    n_chunks = largest // chunk_size if chunk_size else sum(part.n_chunks for part in parts)
+    return Statistics(merged, tuple(d for part in parts for d in part.datasets), n_chunks, chunk_size)
 
 
 class Weight(Protocol):
@@ -342,7 +360,46 @@ def _shaped(name: str, columns: Columns, shape: tuple[int, ...]) -> Columns:
     if columns.sum_squares.size != n_matrices * n_in:
         got = columns.sum_squares.size / n_matrices
         raise InputError(f"imatrix of another model: {name}: got {got:g} columns, expected {n_in}. Make an imatrix of this model")
-    return Columns(columns.sum_squares.reshape(n_matrices, n_in), np.broadcast_to(columns.counts, n_matrices))
+    moments = (None if values is None else values.reshape(n_matrices, n_in) for values in (columns.sums, columns.max_abs))
+    return Columns(columns.sum_squares.reshape(n_matrices, n_in), np.broadcast_to(columns.counts, n_matrices), *moments)
+
+
+def describe_gaps(coverage: Coverage) -> list[str]:
+    """Return what an imatrix does not know of its model, a line each: the head, weights never multiplied, experts never
+    reached, columns that were always zero. What quantizing does about each is said with it."""
+    columns = coverage.statistics.columns
+    lines = [_head_line(coverage)] if HEAD not in columns else []
+    missing = [name for name in coverage.missing if name not in (NEVER_COLLECTED, HEAD)]
+    if missing:
+        lines.append(f"imatrix: no data for {len(missing)} weights that the text never reached ({_some(missing)}): they are encoded without importance")
+    unreached = [f"{(c.counts == 0).sum()} of {c.counts.size} in {name}" for name, c in columns.items() if (c.counts == 0).any()]
+    if unreached:
+        lines.append(f"imatrix: experts never reached ({_some(unreached)}): all their columns count the same; more text may reach them")
+    return [*lines, *_zero_lines(columns)]
+
+
+def _head_line(coverage: Coverage) -> str:
+    if HEAD in coverage.missing:
+        return f"imatrix: no data for {HEAD}, which is collected on request only (--process-output): it is encoded without importance"
+    return f"imatrix: no data for the head, which is {NEVER_COLLECTED} (tied): it is encoded without importance"
+
+
+def _zero_lines(columns: Mapping[str, Columns]) -> list[str]:
+    reached = {name: c.sum_squares[c.counts > 0] for name, c in columns.items()}
+    silent = [name for name, squares in reached.items() if not squares.any()]
+    dead = {name: int((squares == 0).sum()) for name, squares in reached.items() if name not in silent and (squares == 0).any()}
+    lines = []
+    if silent:
+        lines.append(f"imatrix: every activation was zero in {len(silent)} weights ({_some(silent)}): all their columns count the same")
+    if dead:
+        listed = _some([f"{n} in {name}" for name, n in dead.items()])
+        lines.append(f"imatrix: {sum(dead.values())} columns were always zero ({listed}): they get the smallest importance that is safe")
+    return lines
+
+
+def _some(items: Sequence[str], n_shown: int = 3) -> str:
+    more = f" and {len(items) - n_shown} more" if len(items) > n_shown else ""
+    return ", ".join(items[:n_shown]) + more
 
 
 def sanitize_importance(values: FloatArray) -> tuple[FloatArray, int]:

@@ -19,6 +19,7 @@ from typing import Literal
 from loopgguf import __version__
 from loopgguf.activations import PassResult, collect_from_checkpoint, collect_from_gguf
 from loopgguf.calibration import Chunks, default_text, describe_shortage, load_chunks
+from loopgguf.chat import find_template
 from loopgguf.checkpoint import cache_path, content_key
 from loopgguf.container import (
     Layout,
@@ -35,11 +36,26 @@ from loopgguf.container import (
     write_gguf,
 )
 from loopgguf.errors import OutputError, UsageError
+from loopgguf.errortable import Sampling, measure_errors
 from loopgguf.evaluation import Quality, measure_quality
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
 from loopgguf.pipeline import Job, Progress, TensorLog, WriteResult, execute
-from loopgguf.planner import Plan, PlanRow, TypeRules, nearest_label, plan_conversion, plan_preset, plan_profile
+from loopgguf.planfile import SavedPlan, check_plan, imatrix_digest, load_plan
+from loopgguf.planner import (
+    Plan,
+    PlanRow,
+    SizedPlan,
+    TypeRules,
+    describe_sized,
+    nearest_label,
+    plan_conversion,
+    plan_preset,
+    plan_profile,
+    plan_size,
+    size_problem,
+)
+from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.proof import prove_vocabulary
 from loopgguf.source import Source, open_source
@@ -73,13 +89,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class ImatrixRequest:
-    """Which calibration text makes an imatrix, cut how."""
+    """Which calibration text makes an imatrix, cut how. `files`: what `corpus.find_parts` takes."""
 
-    files: tuple[Path, ...] = ()
+    files: tuple[str | Path, ...] = ()
     ctx_size: int = DEFAULT_CTX_SIZE
     n_samples: int = DEFAULT_SAMPLES
     process_output: bool = False
     parse_special: bool = False
+    seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
 
 
 @dataclass(frozen=True)
@@ -129,11 +146,29 @@ def _vocabulary_file(source: Source) -> Iterator[Path]:
 
 
 def _chunks(
-    source: Source, files: Sequence[Path], default: Literal["calibration", "heldout"], ctx_size: int, n_chunks: int | None, *, parse_special: bool = False
+    source: Source,
+    files: Sequence[str | Path],
+    default: Literal["calibration", "heldout"],
+    ctx_size: int,
+    n_chunks: int | None,
+    settings: Settings,
+    *,
+    parse_special: bool = False,
+    seed: int = 0,
 ) -> Chunks:
-    """Return the texts cut into chunks under the model's own vocabulary, as llama.cpp tokenizes them."""
+    """Return the texts cut into chunks under the model's own vocabulary and chat template, as llama.cpp tokenizes them."""
+    template = find_template(source.metadata, model_name(source.path))
+    inputs = tuple(files) or (default_text(default),)
     with _vocabulary_file(source) as path, Model(path, vocab_only=True) as vocabulary:
-        return load_chunks(vocabulary, tuple(files) or (default_text(default),), ctx_size, n_chunks, parse_special=parse_special)
+        return load_chunks(
+            vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress
+        )
+
+
+def _calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
+    return _chunks(
+        source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed
+    )
 
 
 def _calibration_notes(chunks: Chunks) -> list[str]:
@@ -143,8 +178,11 @@ def _calibration_notes(chunks: Chunks) -> list[str]:
 
 def _collect(source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings) -> tuple[Statistics, PassResult]:
     sums = ColumnSums()
-    collect = collect_from_checkpoint if source.is_checkpoint else collect_from_gguf
-    run = collect(source.path, chunks.tokens, [sums], n_threads=settings.n_threads, process_output=request.process_output, progress=settings.progress)
+    how = {"n_threads": settings.n_threads, "process_output": request.process_output, "progress": settings.progress}
+    if source.is_checkpoint:
+        run = collect_from_checkpoint(source.path, chunks.tokens, [sums], documents=chunks.documents, **how)
+    else:
+        run = collect_from_gguf(source.path, chunks.tokens, [sums], **how)
     return Statistics(sums.columns(), chunks.names, len(chunks.tokens), request.ctx_size), run
 
 
@@ -162,7 +200,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     refuse_existing(output, overwrite=settings.overwrite)
     source, notes = _open(model, settings)
     _refuse_same_file(output, source.files)
-    chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples, parse_special=request.parse_special)
+    chunks = _calibration_chunks(source, request, settings)
     statistics, run = _collect(source, request, chunks, settings)
     check_coverage(statistics, source.tensors)  # a hole here is our bug or a model we do not understand: never save it
     save_imatrix(statistics, output, overwrite=settings.overwrite)
@@ -186,7 +224,7 @@ def _given_importance(source: Source, imatrix: Path) -> _Importance:
 
 def _made_importance(source: Source, request: ImatrixRequest, settings: Settings) -> _Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept."""
-    chunks = _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples)
+    chunks = _calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
@@ -322,10 +360,14 @@ def _finish(
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What to make of a model: a preset or a profile, the rules on top, and which imatrix weighs the columns."""
+    """What to make of a model: a preset, a size, a saved plan or a profile, the rules on top, and which imatrix weighs the columns."""
 
-    profile: str | Path = DEFAULT_PROFILE
+    profile: str | Path | None = None  # None: `balanced`; with a size: no profile
     quant_type: str | None = None
+    size_bytes: int | None = None
+    target_bpw: float | None = None  # of the whole file
+    plan: Path | None = None
+    exact_errors: bool = False
     rules: TypeRules = field(default_factory=TypeRules)
     imatrix: Path | None = None
     use_imatrix: bool = True
@@ -348,23 +390,107 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     source, notes = _open(model, settings)
     if output is not None:
         _refuse_same_file(output, source.files)
-    importance: _Importance | None = None
-    if request.imatrix is not None:
-        importance = _given_importance(source, request.imatrix)
-        plan = _plan(source, request, importance.statistics.columns.__contains__)
-    else:
-        plan = _plan(source, request, _will_be_collected if request.use_imatrix else None)
-        if any(row.uses_imatrix for row in plan.rows) and not request.dry_run:
-            importance = _made_importance(source, request.calibration, settings)
-    name = f"{model_name(model)}-{request.quant_type.upper()}" if request.quant_type else f"{model_name(model)}-LG-{nearest_label(plan)}"
-    notes += importance.notes if importance is not None else ()
-    return _finish(source, plan, output or Path(f"{name}.gguf"), importance, settings, notes, keep_split=request.keep_split, dry_run=request.dry_run)
+    resolved = _resolve(source, request, settings)
+    name = f"{model_name(model)}-{request.quant_type.upper()}" if request.quant_type else f"{model_name(model)}-LG-{nearest_label(resolved.plan)}"
+    output = output or Path(f"{name}.gguf")
+    notes += resolved.notes
+    result = _finish(source, resolved.plan, output, resolved.importance, settings, notes, keep_split=request.keep_split, dry_run=request.dry_run)
+    if resolved.total_bytes is not None and result.total_bytes != resolved.total_bytes and not request.keep_split:
+        logger.warning("the plan foresaw %d bytes, the file has %d", resolved.total_bytes, result.total_bytes)
+    return result
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What a request comes to: the plan, the importance it is executed with (None where it needs none), notes."""
+
+    plan: Plan
+    importance: _Importance | None
+    notes: tuple[str, ...] = ()
+    sized: SizedPlan | None = None
+    total_bytes: int | None = None  # where the plan says it
+
+
+def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> _Resolved:
+    """Return the plan of a request, whichever way it is given."""
+    if request.plan is not None:
+        return _resolve_saved(source, request.plan, request, settings)
+    given = _given_importance(source, request.imatrix) if request.imatrix is not None else None
+    if request.size_bytes is not None or request.target_bpw is not None:
+        return _resolve_size(source, request, given, settings)
+    if given is not None:
+        return _Resolved(_plan(source, request, given.statistics.columns.__contains__), given, given.notes)
+    plan = _plan(source, request, _will_be_collected if request.use_imatrix else None)
+    needs_one = any(row.uses_imatrix for row in plan.rows) and not request.dry_run
+    made = _made_importance(source, request.calibration, settings) if needs_one else None
+    return _Resolved(plan, made, made.notes if made is not None else ())
+
+
+def _resolve_size(source: Source, request: QuantizeRequest, given: _Importance | None, settings: Settings) -> _Resolved:
+    """Measure what every type does to every tensor, and solve for the size."""
+    importance = given or (_made_importance(source, request.calibration, settings) if request.use_imatrix else None)
+    has_importance = importance.statistics.columns.__contains__ if importance is not None else None
+    profile = load_profile(request.profile) if request.profile is not None else None
+    problem = size_problem(source.tensors, source.metadata, request.rules, has_importance, profile)
+
+    def measure_file(plan: Plan) -> int:
+        files = _layouts(source, plan, _output_metadata(source, plan, importance), Path("model.gguf"), request.keep_split)
+        return sum(layout.total_bytes for _, layout in files)
+
+    table = measure_errors(
+        problem.requests,
+        importance.statistics if importance is not None else None,
+        source_fingerprint=source.fingerprint,
+        n_layer=read_facts(source.metadata).n_layer,
+        sampling=Sampling(is_exact=request.exact_errors),
+        n_threads=settings.n_threads,
+        progress=settings.progress,
+    )
+    n_weights = sum(tensor.n_rows * tensor.n_in for tensor in source.tensors)
+    budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * n_weights / 8)
+    sized = plan_size(problem, table, budget_bytes, measure_file)
+    notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
+    return _Resolved(sized.plan, importance, notes, sized, sized.total_bytes)
+
+
+def _resolve_saved(source: Source, path: Path, request: QuantizeRequest, settings: Settings) -> _Resolved:
+    """Read a plan, and see that it is of this model and that the importance is the one it was made with."""
+    saved = load_plan(path)
+    check_plan(saved, source.tensors, model_name(source.path))
+    if not any(row.uses_imatrix for row in saved.plan.rows):
+        return _Resolved(saved.plan, None, (), None, saved.total_bytes)
+    importance = _given_importance(source, request.imatrix) if request.imatrix is not None else _made_importance(source, request.calibration, settings)
+    without = next((row.name for row in saved.plan.rows if row.uses_imatrix and row.name not in importance.statistics.columns), None)
+    if without is not None or (saved.imatrix_sha256 is not None and imatrix_digest(saved.plan, importance.statistics.importance) != saved.imatrix_sha256):
+        raise UsageError(f"{path} was made with another imatrix than {importance.name}: give the same one with --imatrix, or plan again")
+    return _Resolved(saved.plan, importance, importance.notes, None, saved.total_bytes)
 
 
 def _plan(source: Source, request: QuantizeRequest, has_importance: Callable[[str], bool] | None) -> Plan:
     if request.quant_type is not None:
         return plan_preset(source.tensors, source.metadata, request.quant_type, request.rules, has_importance)
-    return plan_profile(source.tensors, source.metadata, load_profile(request.profile), request.rules, has_importance)
+    return plan_profile(source.tensors, source.metadata, load_profile(request.profile or DEFAULT_PROFILE), request.rules, has_importance)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan that was only made; `sized` tells more of one by size. `imatrix_sha256` is of the imatrix it counts on, where known."""
+
+    saved: SavedPlan
+    sized: SizedPlan | None
+    notes: tuple[str, ...]
+
+
+def make_plan(model: Path, request: QuantizeRequest, settings: Settings | None = None) -> PlanResult:
+    """Return the plan of a request and the exact size of its file; encodes nothing but the samples that a size needs."""
+    settings = settings or Settings()
+    source, notes = _open(model, settings)
+    resolved = _resolve(source, request, settings)
+    plan, importance = resolved.plan, resolved.importance
+    files = _layouts(source, plan, _output_metadata(source, plan, importance), Path("model.gguf"), request.keep_split)
+    digest = imatrix_digest(plan, importance.statistics.importance) if importance is not None else None
+    saved = SavedPlan(plan, model_name(model), sum(layout.total_bytes for _, layout in files), digest)
+    return PlanResult(saved, resolved.sized, (*notes, *resolved.notes))
 
 
 def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, dry_run: bool = False, settings: Settings | None = None) -> WriteResult:
@@ -408,7 +534,7 @@ class EvaluationResult:
 def evaluate(
     candidate: Path,
     reference: Path,
-    files: Sequence[Path] = (),
+    files: Sequence[str | Path] = (),
     *,
     ctx_size: int = DEFAULT_CTX_SIZE,
     n_chunks: int | None = None,
@@ -423,7 +549,7 @@ def evaluate(
     read_gguf(candidate)
     reference_path, notes = reference_gguf(reference, settings)
     source = open_source(candidate)
-    chunks = _chunks(source, files, "heldout", ctx_size, n_chunks)
+    chunks = _chunks(source, files, "heldout", ctx_size, n_chunks, settings)
     calibrated_on = source.metadata.get("quantize.imatrix.dataset")
     overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
     if overlap:

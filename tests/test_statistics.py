@@ -27,7 +27,7 @@ def f32(*values: float) -> np.ndarray:
 
 
 def columns(rows: list[list[float]], counts: list[float]) -> Columns:
-    return Columns(np.array(rows, np.float32), np.array(counts, np.float32))
+    return Columns(np.array(rows, np.float32), np.array(counts, np.int64))
 
 
 @pytest.fixture
@@ -291,24 +291,46 @@ def test_missing_file_is_refused(tmp_path: Path):
 
 def test_merge_adds_and_lists(statistics: Statistics):
     """Catches averaging instead of adding, and forgotten weights that only one part has."""
-    other = Statistics({Q: columns([[1, 1, 1]], [2]), "blk.1.attn_q.weight": columns([[5]], [5])}, ("c.txt",), 2, 512)
+    other = Statistics({Q: columns([[1, 1, 1]], [1024]), "blk.1.attn_q.weight": columns([[5]], [5])}, ("c.txt",), 2, 512)
     merged = merge([statistics, other])
     assert merged.columns[Q].sum_squares.tolist() == [[3, 5, 7]]
-    assert merged.columns[Q].counts.tolist() == [6]
+    assert merged.columns[Q].counts.tolist() == [1028]
     assert list(merged.columns) == [Q, GATE, "blk.1.attn_q.weight"]
-    assert (merged.datasets, merged.n_chunks, merged.chunk_size) == (("a.txt", "b.txt", "c.txt"), 9, 512)
+    assert (merged.datasets, merged.n_chunks, merged.chunk_size) == (("a.txt", "b.txt", "c.txt"), 2, 512)
 
 
-amounts = st.lists(st.tuples(npst.arrays(np.float32, 4, elements=st.floats(0, 1e6, width=32)), st.integers(1, 10**6)), min_size=3, max_size=3)
+def test_merge_of_unlike_chunks_counts_as_llama_imatrix_does():
+    """Catches chunks of 512 and of 2048 tokens added as if they were the same (imatrix.cpp: largest count / chunk size)."""
+    short, long = Statistics({Q: columns([[1]], [1024])}, (), 2, 512), Statistics({Q: columns([[1]], [4096])}, (), 2, 2048)
+    assert (merge([short, long]).n_chunks, merge([short, long]).chunk_size) == (10, 512)
+    assert (merge([short, long], 1024).n_chunks, merge([short, long], 1024).chunk_size) == (5, 1024)
+
+
+def test_moments_are_merged_where_all_parts_have_them():
+    """Catches maxima that are added, and a Σx of half the text that is passed off as that of the whole."""
+    a = Statistics({Q: Columns(f32(1, 4)[None], np.array([1]), f32(-1, 2)[None], f32(1, 2)[None])}, (), 1, 512)
+    b = Statistics({Q: Columns(f32(9, 1)[None], np.array([1]), f32(3, -1)[None], f32(3, 1)[None])}, (), 1, 512)
+    merged = merge([a, b]).columns[Q]
+    assert merged.sums is not None and merged.max_abs is not None
+    assert (merged.sums.tolist(), merged.max_abs.tolist()) == ([[2, 1]], [[3, 2]])
+    plain = merge([a, Statistics({Q: columns([[1, 1]], [1])}, (), 1, 512)]).columns[Q]
+    assert plain.sums is None and plain.max_abs is None
+
+
+rows = npst.arrays(np.float32, 4, elements=st.floats(0, 1e6, width=32))
+amounts = st.lists(st.tuples(rows, rows, st.integers(1, 10**12)), min_size=3, max_size=3)
 
 
 @given(amounts)
-def test_merge_is_associative(parts: list[tuple[np.ndarray, int]]):
-    """Catches a result that depends on the order in which runs were added."""
-    a, b, c = (Statistics({Q: Columns(values[None], f32(n))}, (), 1, 512) for values, n in parts)
-    left, right = merge([merge([a, b]), c]), merge([a, merge([b, c])])
-    assert (left.columns[Q].counts == right.columns[Q].counts).all()
-    np.testing.assert_allclose(left.columns[Q].sum_squares, right.columns[Q].sum_squares, rtol=1e-6)
+def test_merge_is_associative(parts: list[tuple[np.ndarray, np.ndarray, int]]):
+    """Catches a result that depends on the order in which runs were added: counts to the last bit, beyond float32's 2^24."""
+    a, b, c = (Statistics({Q: Columns(values[None], np.array([n]), values[None], largest[None])}, (), 1, 512) for values, largest, n in parts)
+    left, right = merge([merge([a, b]), c]).columns[Q], merge([a, merge([b, c])]).columns[Q]
+    assert left.counts.tolist() == right.counts.tolist() == [sum(n for _, _, n in parts)]
+    np.testing.assert_allclose(left.sum_squares, right.sum_squares, rtol=1e-6)
+    assert left.sums is not None and right.sums is not None and left.max_abs is not None and right.max_abs is not None
+    np.testing.assert_allclose(left.sums, right.sums, rtol=1e-6)
+    assert (left.max_abs == right.max_abs).all()
 
 
 def test_legacy_calls_become_tokens_when_merged_with_tokens():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -81,7 +82,7 @@ def split(names: str) -> list[str]:
 
 def as_candidate(name: str, path: Path) -> Candidate:
     files = read_shards(path)
-    n_weights = sum(tensor.n_weights for file in files for tensor in file.tensors)
+    n_weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
     n_bits = sum(8 * tensor.n_bytes for file in files for tensor in file.tensors)
     return Candidate(name, path, sum(file.size_bytes for file in files), n_bits / n_weights)
 
@@ -130,7 +131,7 @@ def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row,
 def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, options: argparse.Namespace) -> list[Section]:
     """Make a model's files and measure them on each text."""
     note(f"{name}: {model}")
-    reference, notes = reference_gguf(model, Settings(n_threads=options.threads))
+    reference, notes = reference_gguf(options.reference or model, Settings(n_threads=options.threads))
     for line in notes:
         note(f"  {line}")
     candidates = make_candidates(model, folder, options)
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
+    parser.add_argument("--reference", type=Path, metavar="GGUF", help="measure against this full-precision file (default: the model, converted as it is)")
     parser.add_argument("--imatrix", type=Path, help="use this one instead of making one")
     parser.add_argument("--calibration", nargs="+", type=Path, metavar="FILE", help="make the imatrix from these texts (default: the one that ships)")
     parser.add_argument("--chunks", type=int, help="chunks of each text to measure on (default: all)")

