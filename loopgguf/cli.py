@@ -50,16 +50,41 @@ class OutType(StrEnum):
     Q8_0 = "q8_0"
 
 
+class ImatrixForm(StrEnum):
+    """The forms of an imatrix file."""
+
+    GGUF = "gguf"
+    DAT = "dat"
+
+
+class CompensateMode(StrEnum):
+    """`feedback.Compensate`, without importing it."""
+
+    OFF = "off"
+    FAST = "fast"
+    FULL = "full"
+
+
 _MODEL_HELP = "A Hugging Face folder (config.json, safetensors, tokenizer files) or an F32/F16/BF16 GGUF (the first shard of a split one)."
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", "--outfile", "--output-file", help="Output file; derived from the model's name when left out.")
 ]
 TextOption = Annotated[
-    list[Path] | None, typer.Option("-f", "--file", help="Text file, UTF-8; may be given several times. Default: the text that ships with loopgguf.")
+    list[Path] | None,
+    typer.Option(
+        "-f",
+        "--file",
+        metavar="TEXT",
+        help="Text: .txt, .json, .jsonl, .parquet, a folder, - for standard input, hf:owner/name[:config][:split], wikitext2 or c4; may be given "
+        "several times. Default: the text that ships with loopgguf.",
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option("-t", "--threads", min=1, max=1024, help="CPU threads. Default: all.")]
 ContextOption = Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Tokens of a chunk.")]
+SamplesOption = Annotated[int, typer.Option("--samples", "--chunks", min=1, help="Chunks of calibration text to use at most.")]
+ParseSpecialOption = Annotated[bool, typer.Option("--parse-special", help="Read special tokens spelled in the text as such; in conversations they always are.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Chooses documents where there are more than asked for; a .txt alone is used from its start.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace an existing output.")]
 PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
@@ -203,25 +228,45 @@ def _request(
 
 @app.command()
 def imatrix(
-    model: ModelArgument,
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP + " Not needed to merge files given with --in-file.")] = None,
     output: OutputOption = None,
     file: TextOption = None,
     ctx_size: ContextOption = 512,
-    samples: Annotated[int, typer.Option("--samples", "--chunks", min=1, help="Chunks of calibration text to use at most.")] = 512,
+    samples: SamplesOption = 512,
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect the output head's input too.")] = False,
-    parse_special: Annotated[bool, typer.Option("--parse-special", help="Read special tokens in the text as such.")] = False,
+    parse_special: ParseSpecialOption = False,
+    seed: SeedOption = 0,
+    in_file: Annotated[list[Path] | None, typer.Option("--in-file", help="An imatrix whose sums are added; may be given several times.")] = None,
+    output_format: Annotated[
+        ImatrixForm | None, typer.Option("--output-format", help="Default: dat for a name that ends in .dat, else gguf.", case_sensitive=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run of the same request, or throw it away.")] = True,
+    job_folder: Annotated[
+        Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .job; gone when finished.")
+    ] = None,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
 ) -> None:
-    """Compute the importance matrix of MODEL on calibration text, as a file llama-quantize reads too."""
-    from loopgguf.workflow import ImatrixRequest, compute_imatrix
+    """Compute the importance matrix of MODEL on calibration text, as a file llama-quantize reads too; or merge such files."""
+    from loopgguf import report
+    from loopgguf.errors import UsageError
+    from loopgguf.workflow import ImatrixRequest, Settings, compute_imatrix, merge_imatrices
 
-    request = ImatrixRequest(tuple(file or ()), ctx_size, samples, process_output, parse_special)
+    request = ImatrixRequest(tuple(file or ()), ctx_size, samples, process_output, parse_special, seed, tuple(in_file or ()))
+    request = replace(request, output_format=output_format.value if output_format else None, resume=resume, job_folder=job_folder)
+    if model is None:
+        if not in_file:
+            raise UsageError("nothing to do: got neither a MODEL nor --in-file, expected one of them")
+        path, merged = merge_imatrices(in_file, output, request, Settings(overwrite=overwrite))
+        _console().print(f"wrote {path}: {len(merged.columns)} tensors of {len(in_file)} files, {merged.n_chunks} chunks", markup=False)
+        return
     with ExitStack() as stack:
         result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer))
     _print_notes(result.notes)
     run, console = result.run, _console()
+    console.print(report.shares_table(result.chunks.shares))
+    console.print()
     console.print(
         f"perplexity {run.perplexity:.4f} ± {run.standard_error:.4f} over {run.n_tokens:,} scored tokens of {', '.join(result.chunks.names)}", markup=False
     )
@@ -241,12 +286,19 @@ def quantize(
     imatrix_file: ImatrixOption = None,
     no_imatrix: NoImatrixOption = False,
     file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    samples: SamplesOption = 512,
+    parse_special: ParseSpecialOption = False,
+    seed: SeedOption = 0,
     tensor_type: TensorTypeOption = None,
     pure: PureOption = False,
     output_tensor_type: OutputTypeOption = None,
     token_embedding_type: EmbeddingTypeOption = None,
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
+    compensate: Annotated[
+        CompensateMode, typer.Option("--compensate", help="Error feedback: `fast` tries one damping, `full` the best of several. A checkpoint folder only.")
+    ] = CompensateMode.OFF,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
@@ -258,14 +310,16 @@ def quantize(
 ) -> None:
     """Turn MODEL into a quantized GGUF by a size, a profile, a preset or a plan; verified before it gets its name."""
     from loopgguf import report
+    from loopgguf.feedback import Compensate
     from loopgguf.workflow import ImatrixRequest
     from loopgguf.workflow import quantize as run
 
     rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
     request = replace(
         _request(profile, quant_type, size, target_bpw, imatrix_file, plan_file, rules, use_imatrix=not no_imatrix),
-        calibration=ImatrixRequest(tuple(file or ())),
+        calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
+        compensate=Compensate(compensate),
         keep_split=keep_split,
         dry_run=dry_run,
     )
@@ -294,6 +348,10 @@ def plan(
     imatrix_file: ImatrixOption = None,
     no_imatrix: NoImatrixOption = False,
     file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    samples: SamplesOption = 512,
+    parse_special: ParseSpecialOption = False,
+    seed: SeedOption = 0,
     tensor_type: TensorTypeOption = None,
     pure: PureOption = False,
     output_tensor_type: OutputTypeOption = None,
@@ -318,7 +376,7 @@ def plan(
     rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
     request = replace(
         _request(profile, quant_type, size, target_bpw, imatrix_file, None, rules, use_imatrix=not no_imatrix),
-        calibration=ImatrixRequest(tuple(file or ())),
+        calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
         dry_run=True,
     )
@@ -389,17 +447,33 @@ def evaluate(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model (the first shard of a split one) or an imatrix.")],
+    other: Annotated[Path | None, typer.Argument(metavar="[OTHER]", help="A second imatrix of the same model, to compare with.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="Print a line per tensor of a model.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show a GGUF or an imatrix: header, types with counts and bytes, bits per weight, statistics."""
+    """Show a GGUF or an imatrix: header, types with counts and bytes, bits per weight, statistics; or compare two imatrices."""
     from loopgguf import report
 
+    if other is not None:
+        comparison = report.compare_imatrices(file, other)
+        if as_json:
+            _print_json(report.comparison_json(comparison))
+            return
+        _console().print(report.comparison_table(comparison))
+        for line in report.comparison_lines(comparison):
+            _console().print(line, markup=False)
+        return
     inspection, console = report.inspect_file(file), _console()
+    if as_json:
+        _print_json(report.inspection_json(inspection))
+        return
     for gguf in inspection.files[:1]:
         console.print(report.metadata_table(gguf))
         console.print()
     if inspection.statistics is not None:
-        console.print(report.statistics_table(inspection.statistics))
+        for part in report.imatrix_report(inspection.statistics):
+            console.print(part)
+            console.print()
         return
     if tensors:
         console.print(report.tensor_table(inspection.files))

@@ -141,13 +141,15 @@ class LossCurvature:
 
     H (n_in, n_in) = E[x xᵀ]; H_w the same with each token weighted by its squared gradient, or None without gradients;
     H_O (n_out, n_out) = E[g gᵀ], or None to leave the rows to themselves; row_curvature (n_out,) = E[g_i²], or None.
-    held_out (n_in, n_in): H_w, or without gradients H, of tokens that took no part in any of these.
+    held_out (n_in, n_in) and held_out_O (n_out, n_out): H_w (without gradients H) and H_O of tokens that took no part in
+    any of these.
     """
 
     H: Matrix
     held_out: Matrix
     H_w: Matrix | None = None
     H_O: Matrix | None = None
+    held_out_O: Matrix | None = None
     row_curvature: NDArray[np.float64] | None = None
 
     def objective(self) -> Matrix:
@@ -157,8 +159,11 @@ class LossCurvature:
         return np.asarray(sum(parts) / len(parts))
 
     def estimate(self, E: FloatArray) -> float:
-        """Return Σ_i r_i e_iᵀ H e_i of an encoding's error E (n_out, n_in) under the held-out matrix."""
-        return weighted_error(E, self.held_out, self.row_curvature)
+        """Return what an encoding's error E (n_out, n_in) costs on held-out tokens: tr(H_O E H Eᵀ), or Σ_i r_i e_iᵀ H e_i
+        where nothing is known of how rows go together."""
+        if self.held_out_O is None:
+            return weighted_error(E, self.held_out, self.row_curvature)
+        return float(np.einsum("ij,ij->", self.held_out_O.astype(np.float32) @ E, E @ self.held_out.astype(np.float32), dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class Encoding:
 
     packed: ggml.ByteArray
     damping: Damping | None  # None: the plain encoder's bytes, for feedback did not do better
+    feedback: str  # "plain", "columns", or "columns and rows"
     held_out_ratio: float
 
 
@@ -179,22 +185,25 @@ PROBE_ROWS = 128  # on which dampings are compared
 def encode_guarded(
     W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST
 ) -> Encoding:
-    """Return the better of the plain encoding and the one with feedback, judged by the held-out matrices.
+    """Return the best of the plain encoding, the one with feedback along the rows, and that with feedback from row to
+    row as well, judged by the held-out matrices.
 
-    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those tried
-    on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those
+    tried on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
     """
     plain = ggml.encode_rows(ggml_type, W, importance)
+    best = Encoding(plain, None, "plain", 1.0)
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain) - W)
     objective = curvature.objective()
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
-    H_O = None if curvature.H_O is None else damped(curvature.H_O, ROW_DAMPING)
-    packed, decoded = compensate(W, ggml_type, damped(objective, damping), importance=inner, H_O=H_O)
-    error = curvature.estimate(decoded - W)
-    if not error < plain_error:
-        return Encoding(plain, None, 1.0)
-    return Encoding(packed, damping, error / plain_error)
+    H = damped(objective, damping)
+    for label, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
+        if label == "columns" or H_O is not None:
+            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
+            ratio = curvature.estimate(decoded - W) / max(plain_error, 1e-300)
+            best = Encoding(packed, damping, label, ratio) if ratio < best.held_out_ratio else best
+    return best
 
 
 def _best_damping(

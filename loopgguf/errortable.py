@@ -32,10 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf import ggml
+from loopgguf.accumulators import EMBEDDING
+from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import cache_path, content_key
 from loopgguf.errors import InputError
 from loopgguf.formats import FLOAT_TYPES, FORMATS, QUANTIZED_TYPES, GgmlType, fits_row
 from loopgguf.presets import requires_imatrix
+from loopgguf.sensitivity import Sensitivity
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
 
@@ -48,24 +51,14 @@ FloatArray = NDArray[np.float32]
 SPECIAL_TYPES = frozenset({GgmlType.TQ1_0, GgmlType.TQ2_0, GgmlType.MXFP4, GgmlType.NVFP4, GgmlType.Q1_0, GgmlType.Q2_0})
 DEFAULT_TYPES = tuple(sorted(QUANTIZED_TYPES - SPECIAL_TYPES | {GgmlType.F16, GgmlType.BF16}))
 _SLAB_WEIGHTS = 1 << 18  # a job encodes so many weights as every type in turn: tenths of a second to seconds
+# Priors for weights without gradients: KLD in nats per relative squared error, medians of single-tensor replacements in
+# SmolLM2-135M (30 layers; a layer of a model of n layers counts 30/n). The head works on the logits themselves.
+_PRIORS = {"attn_q": 0.025, "attn_k": 0.05, "attn_v": 0.1, "attn_qkv": 0.06, "attn_output": 0.06, "ffn_gate": 0.14, "ffn_up": 0.12, "ffn_down": 0.3}
+_PRIOR_OTHER, _PRIOR_HEAD, _PRIOR_EMBEDDING = 0.1, 8.0, 1.0
 _VERSION = 1  # of the numbers in the cache: raise it when their meaning changes
 
 
 # --- what is known about the loss -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """How the KLD bends at one weight, from gradients of the model's own loss.
-
-    row_weights: (n_matrices, n_out) float32, each row's mean squared gradient over its matrix's mean. column_weights:
-    diag(H_w), (n_matrices, n_in) float32, per token and in nats (gradients of the sum of a chunk's losses). gram: H_w
-    itself, (n_matrices, n_in, n_in), where it was kept: then it is used instead of its diagonal.
-    """
-
-    row_weights: FloatArray
-    column_weights: FloatArray
-    gram: FloatArray | None = None
 
 
 class Gradients(Protocol):
@@ -246,7 +239,10 @@ def _slabs(chosen: Sequence[NDArray[np.int64]], n_in: int) -> Iterator[tuple[int
 
 def prior_nats(name: str, n_layer: int, *, is_tied: bool) -> float:
     """Return the KLD, nats per token, that a relative squared error of 1 would make at this weight, were it linear."""
-    return 1.0 / n_layer
+    kind = tensor_role(name).kind.removesuffix("_exps").removesuffix("_shexp")
+    if name == EMBEDDING:
+        return _PRIOR_EMBEDDING + (_PRIOR_HEAD if is_tied else 0.0)
+    return _PRIOR_HEAD if name == "output.weight" else _PRIORS.get(kind, _PRIOR_OTHER) * 30 / max(n_layer, 1)
 
 
 _Numbers = tuple[float, float, float]  # squared, relative, nats of a type; the last is 0 without gradients
@@ -265,15 +261,15 @@ def _add_up(request: Request, chosen: Sequence[NDArray[np.int64]], sums: Sequenc
     return numbers
 
 
-def _row(tensor: Tensor, types: Sequence[GgmlType], numbers: Mapping[GgmlType, _Numbers | None], n_sampled: int, prior: float | None) -> ErrorRow:
-    """Return the row of a weight; `prior` in nats per relative error, None where there are gradients."""
+def _row(tensor: Tensor, types: Sequence[GgmlType], numbers: Mapping[GgmlType, _Numbers | None], n_sampled: int, prior: float) -> ErrorRow:
+    """Return the row of a weight; `prior` in nats per relative error, 0 where gradients say it all."""
     damages = [TypeDamage(tensor.type, 0.0, 0.0, 0.0)]
     for ggml_type in types:
         if ggml_type is not tensor.type and (found := numbers[ggml_type]) is not None:
             squared, relative, nats = found
-            damages.append(TypeDamage(ggml_type, squared, relative, nats if prior is None else prior * relative))
+            damages.append(TypeDamage(ggml_type, squared, relative, nats + prior * relative))
     damages.sort(key=lambda damage: (FORMATS[damage.type].bpw, damage.type))
-    return ErrorRow(tensor.name, n_sampled, tensor.n_rows, Basis.GRADIENTS if prior is None else Basis.PRIOR, tuple(damages))
+    return ErrorRow(tensor.name, n_sampled, tensor.n_rows, Basis.PRIOR if prior else Basis.GRADIENTS, tuple(damages))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -356,7 +352,9 @@ def measure_errors(
         if pending.futures:
             numbers |= _add_up(pending.request, pending.chosen, [future.result() for future in pending.futures])
             _save(pending.path, numbers)
-        prior = None if pending.weighing.sensitivity is not None else prior_nats(tensor.name, n_layer, is_tied=is_tied)
+        prior = 0.0 if pending.weighing.sensitivity is not None else prior_nats(tensor.name, n_layer, is_tied=is_tied)
+        if pending.weighing.sensitivity is not None and is_tied and tensor.name == EMBEDDING:
+            prior = prior_nats("output.weight", n_layer, is_tied=is_tied)  # gradients at a lookup say nothing of the head
         rows[tensor.name] = _row(tensor, pending.types, numbers, sum(map(len, pending.chosen)), prior)
         if progress is not None:
             progress("measure errors", len(rows), len(requests))

@@ -60,13 +60,18 @@ class Feedback:
         return lambda: loss_curvature(self.grams, row.name)
 
 
+def refuse_without_gradients(source: Source) -> None:
+    """Raise UsageError for a source that has no backward pass: every one but a checkpoint folder."""
+    if not source.is_checkpoint:
+        raise UsageError("--compensate needs gradients, which only a checkpoint folder gives: give the folder instead of the GGUF, or --compensate off")
+
+
 def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, n_threads: int, progress: Progress | None = None) -> Feedback:
     """Run the calibration chunks through a checkpoint and back, and keep its Gram matrices in memory.
 
-    Raises UsageError for a GGUF source, which has no backward pass; as `layerwise.collect_gradients`.
+    Raises UsageError for a GGUF source; else as `layerwise.collect_gradients`.
     """
-    if not source.is_checkpoint:
-        raise UsageError("--compensate needs gradients, which only a checkpoint folder gives: give the folder instead of the GGUF, or --compensate off")
+    refuse_without_gradients(source)
     _, holdout = split_holdout(chunks.n_chunks, SEED)
     train, held_out = GramSums(), GramSums()
     split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
@@ -90,7 +95,14 @@ def loss_curvature(grams: GramStatistics, name: str) -> LossCurvature | None:
     if H is None or H_w is None or held_out is None or grams.train.inputs[key].n_tokens < MIN_TOKENS_PER_COLUMN * len(H):
         return None
     r = grams.train.curvature[name].mean.astype(np.float64)
-    return LossCurvature(H=H, held_out=held_out, H_w=H_w, H_O=_mean(grams.train, "outputs", name), row_curvature=r / max(float(r.mean()), 1e-30))
+    return LossCurvature(
+        H=H,
+        held_out=held_out,
+        H_w=H_w,
+        H_O=_mean(grams.train, "outputs", name),
+        held_out_O=_mean(grams.holdout, "outputs", name),
+        row_curvature=r / max(float(r.mean()), 1e-30),
+    )
 
 
 def _embedding_curvature(grams: GramStatistics) -> LossCurvature | None:

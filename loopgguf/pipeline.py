@@ -46,9 +46,10 @@ class SampledError:
 
 @dataclass(frozen=True)
 class FeedbackLog:
-    """What error feedback came to: held-out error as a part of the plain encoder's, and the damping that won; None where
-    the plain encoder's bytes were kept."""
+    """What error feedback came to: which way won ("plain", "columns", "columns and rows"), its held-out error as a part
+    of the plain encoder's, and its damping; None where the plain encoder's bytes were kept."""
 
+    way: str
     held_out_ratio: float
     damping: Damping | None
 
@@ -148,7 +149,7 @@ def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, Feedbac
     if curvature is None:
         return ggml.encode_rows(target, rows, slab.importance), None
     encoding = encode_guarded(rows, target, slab.importance, curvature, job.dampings)
-    return encoding.packed, FeedbackLog(encoding.held_out_ratio, encoding.damping)
+    return encoding.packed, FeedbackLog(encoding.feedback, encoding.held_out_ratio, encoding.damping)
 
 
 def _run(slab: _Slab) -> TensorLog:

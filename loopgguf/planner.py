@@ -619,9 +619,7 @@ def _explain(plan: Plan, problem: SizeProblem, table: ErrorTable, solution: Solu
         smaller = [k for k in order if sizes[k].n_bytes < sizes[at].n_bytes][-1:]
         larger = [k for k in order if sizes[k].n_bytes > sizes[at].n_bytes][:1]
         parts = [
-            f"{measured[k][0].name} would {verb} {abs(sizes[k].n_bytes - sizes[at].n_bytes):,} bytes and {does} {abs(sizes[k].error - sizes[at].error):.2g}"
-            for verb, does, found in (("save", "cost", smaller), ("take", "gain", larger))
-            for k in found
+            f"{measured[k][0].name}: {sizes[k].n_bytes - sizes[at].n_bytes:+,} bytes, {sizes[k].error - sizes[at].error:+.2g} nats" for k in (*smaller, *larger)
         ]
         return replace(row, estimated_error=sizes[at].error, explanation="; ".join(parts))
 

@@ -7,23 +7,35 @@ Renders results; measures and decides nothing. Every number keeps the name it ha
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from loopgguf.calibration import Share
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
 from loopgguf.errors import InputError
 from loopgguf.evaluation import Measure, Quality, labelled
 from loopgguf.formats import FORMATS, GgmlType
-from loopgguf.pipeline import WriteResult
+from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
 from loopgguf.statistics import Statistics, load_imatrix
+from loopgguf.summary import (
+    Comparison,
+    ExpertCoverage,
+    LayerAverage,
+    TensorSummary,
+    average_layers,
+    compare_statistics,
+    judge,
+    summarize_experts,
+    summarize_tensors,
+)
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
 _PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
@@ -121,9 +133,19 @@ def written_lines(result: WriteResult) -> list[str]:
         lines.append(
             f"sanitised: {sum(floored.values())} importances too small to use were raised, in {len(floored)} tensors ({', '.join(list(floored)[:3])}, …)"
         )
+    if feedback := [log.feedback for log in result.logs.values() if log.feedback is not None]:
+        lines.append(feedback_line(feedback))
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
     lines.append(f"it says: {result.sample_text!r}")
     return [*lines, f"wrote {', '.join(str(p) for p in result.paths)}"]
+
+
+def feedback_line(logs: Sequence[FeedbackLog]) -> str:
+    """Return what error feedback came to: which way won how often, and the mean held-out error beside the plain encoder's."""
+    ways = Counter(log.way for log in logs)
+    won = ", ".join(f"{way} {n}" for way, n in ways.most_common())
+    ratio = np.mean([log.held_out_ratio for log in logs])
+    return f"error feedback: {won} of {len(logs)} tensors; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
 
 
 def written_json(result: WriteResult) -> dict[str, object]:
@@ -222,26 +244,142 @@ def tensor_table(files: Sequence[GgufFile]) -> Table:
     return result
 
 
-def statistics_table(statistics: Statistics) -> Table:
-    """Return llama-imatrix's `--show-statistics` of mean squared activations, a line per tensor (imatrix.cpp)."""
-    result = table("tensor", "columns", "tokens", "Σ(Act²)", "min", "max", "μ", "σ", "% active", "entropy", "% of max", "ZD", numbers=_STATISTICS)
-    for name in sorted(statistics.columns):
-        values = statistics.importance(name)
-        assert values is not None
-        result.add_row(name, str(values.shape[-1]), f"{statistics.columns[name].counts.sum():.0f}", *column_statistics(values.astype(np.float64).ravel()))
+def statistics_table(rows: Sequence[TensorSummary]) -> Table:
+    """Return llama-imatrix's `--show-statistics` of mean squared activations, a line per weight, in its order and under its names."""
+    result = table("Layer", "Tensor", *_STATISTICS, numbers=_STATISTICS)
+    for row in rows:
+        numbers = (row.total, row.least, row.largest, row.mean, row.deviation)
+        result.add_row(
+            "-" if row.layer is None else str(row.layer),
+            row.kind,
+            *(f"{n:.4g}" for n in numbers),
+            f"{100 * row.active:.2f} %",
+            f"{row.n_columns:,}",
+            f"{row.entropy_bits:.4f}",
+            f"{100 * row.entropy_share:.2f} %",
+            f"{100 * row.zd:.2f} %",
+            f"{row.cosine:.4f}",
+            f"{row.n_tokens:,}",
+        )
     return result
 
 
-_STATISTICS = ("columns", "tokens", "Σ(Act²)", "min", "max", "μ", "σ", "% active", "entropy", "% of max", "ZD")
+_STATISTICS = ("Σ(Act²)", "Min", "Max", "μ", "σ", "% Active", "N", "Entropy", "E (norm)", "ZD", "CosSim", "tokens")
 
 
-def column_statistics(values: NDArray[np.float64]) -> tuple[str, ...]:
-    """Return sum, min, max, mean, σ, share > 1e-5, entropy in bits and in % of its maximum, and ZD (share with z > 1) as text."""
-    total, mean, deviation = values.sum(), values.mean(), values.std()
-    p = values[values > 0] / total if total > 0 else values[:0]
-    entropy = float(-(p * np.log2(p)).sum())
-    normalized = 100 * entropy / np.log2(len(values)) if len(values) > 1 else 0.0
-    zd = float((values > mean + deviation).mean()) if deviation > 0 else 0.0
-    active = 100 * float((values > 1e-5).mean())
-    numbers = (total, values.min(), values.max(), mean, deviation)
-    return (*(f"{n:.4g}" for n in numbers), f"{active:.1f}", f"{entropy:.2f}", f"{normalized:.1f}", f"{100 * zd:.2f} %")
+def layer_table(layers: Sequence[LayerAverage]) -> Table:
+    """Return llama-imatrix's averages per layer, each weight counting as often as it has columns."""
+    result = table("Layer", "μΣ(Act²)", "μZD", "μCosSim", numbers=("Layer", "μΣ(Act²)", "μZD", "μCosSim"), title="Averages per layer")
+    for row in layers:
+        result.add_row(str(row.layer), f"{row.total:.4g}", f"{100 * row.zd:.2f} %", f"{row.cosine:.4f}")
+    return result
+
+
+N_SHOWN_LAYERS = 5  # of the most important, and of the least
+BAR_WIDTH = 32
+
+
+def importance_chart(layers: Sequence[LayerAverage]) -> Table:
+    """Return the most and the least important layers by μΣ(Act²), as bars; logarithmic where they differ more than 50-fold."""
+    ranked = sorted(layers, key=lambda row: -row.total)
+    shown = ranked if len(ranked) <= 2 * N_SHOWN_LAYERS else [*ranked[:N_SHOWN_LAYERS], *ranked[-N_SHOWN_LAYERS:]]
+    largest, least = ranked[0].total, min((row.total for row in ranked if row.total > 0), default=1.0)
+    is_logarithmic = largest > 50 * least
+    scale = " (logarithmic)" if is_logarithmic else ""
+    result = table("Layer", "μΣ(Act²)", "", numbers=("Layer", "μΣ(Act²)"), title=f"Most and least important layers{scale}")
+    for i, row in enumerate(shown):
+        if len(shown) < len(ranked) and i == N_SHOWN_LAYERS:
+            result.add_row("…", "", "")
+        length = _bar_share(row.total, largest, least) if is_logarithmic else row.total / (largest or 1.0)
+        result.add_row(str(row.layer), f"{row.total:.4g}", bar(length))
+    return result
+
+
+def _bar_share(value: float, largest: float, least: float) -> float:
+    """Return the length of a logarithmic bar: a tenth for the smallest."""
+    return 0.1 + 0.9 * math.log(value / least) / math.log(largest / least) if value > 0 else 0.0
+
+
+def bar(share: float, width: int = BAR_WIDTH) -> str:
+    """Return a bar of block characters as long as `share` (0…1) of `width` cells, in eighths of a cell."""
+    eighths: int = round(max(0.0, min(share, 1.0)) * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def expert_table(experts: Sequence[ExpertCoverage]) -> Table:
+    """Return how often the experts of each weight were reached, in tokens."""
+    numbers = ("experts", "never reached", "hardly (< 0.1 mean)", "fewest", "mean", "most")
+    result = table("Tensor", *numbers, "tokens of each expert", numbers=numbers, title="Coverage of experts")
+    for row in experts:
+        counts = row.counts
+        most = max(counts)
+        bars = "".join(" " if n == 0 else "▁▂▃▄▅▆▇█"[min(7, 8 * n // (most + 1))] for n in counts[:_MAX_EXPERTS])
+        figures = (len(counts), row.n_unreached, row.n_starved, min(counts), round(sum(counts) / len(counts)), most)
+        result.add_row(row.name, *(f"{n:,}" for n in figures), bars + ("…" if len(counts) > _MAX_EXPERTS else ""))
+    return result
+
+
+_MAX_EXPERTS = 64  # shown as bars
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return how alike two imatrices are, a line per weight, the least alike first."""
+    numbers = ("cosine", "rank correlation", "overlap of top 1 %", "matrices")
+    result = table("Tensor", *numbers, numbers=numbers)
+    for row in comparison.tensors:
+        alone = f" ({row.n_only_one} in one only)" if row.n_only_one else ""
+        result.add_row(row.name, f"{row.cosine:.4f}", f"{row.rank_correlation:.4f}", f"{100 * row.top_overlap:.0f} %", f"{row.n_matrices}{alone}")
+    return result
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Return what only one of two imatrices has, and the verdict on the calibration text."""
+    alone = (("first", comparison.only_first), ("second", comparison.only_second))
+    return [*(f"only in the {which}: {names_text(names)}" for which, names in alone if names), judge(comparison)]
+
+
+def imatrix_report(statistics: Statistics) -> list[Table]:
+    """Return all that is shown of an imatrix: its weights, layers, most and least important layers, and experts."""
+    rows = summarize_tensors(statistics)
+    layers, experts = average_layers(rows), summarize_experts(statistics)
+    tables = [statistics_table(rows)]
+    if layers:
+        tables += [layer_table(layers), importance_chart(layers)]
+    return [*tables, expert_table(experts)] if experts else tables
+
+
+def compare_imatrices(first: Path, second: Path) -> Comparison:
+    """Return how alike two imatrix files of one model are. Raises InputError when one is no imatrix or they have no weight in common."""
+    comparison = compare_statistics(load_imatrix(first), load_imatrix(second))
+    if not comparison.tensors:
+        raise InputError(f"weights of {second}: got none in common with {first}, expected imatrices of one model. Compare others")
+    return comparison
+
+
+def inspection_json(inspection: Inspection) -> dict[str, object]:
+    """Return what a file holds as JSON-able values: an imatrix's statistics, or a model's tensors and short metadata."""
+    if inspection.statistics is not None:
+        return imatrix_json(inspection.statistics)
+    tensors = [
+        {"name": t.name, "type": t.type.name, "shape": list(t.shape), "n_bytes": t.n_bytes, "file": f.path.name} for f in inspection.files for t in f.tensors
+    ]
+    metadata = {key: value_text(value) for f in inspection.files[:1] for key, value in f.metadata.items()}
+    return {"files": [f.path.name for f in inspection.files], "n_bytes": sum(f.size_bytes for f in inspection.files), "metadata": metadata, "tensors": tensors}
+
+
+def imatrix_json(statistics: Statistics) -> dict[str, object]:
+    """Return an imatrix's statistics as JSON-able values."""
+    rows = summarize_tensors(statistics)
+    return {
+        "datasets": list(statistics.datasets),
+        "n_chunks": statistics.n_chunks,
+        "chunk_size": statistics.chunk_size,
+        "tensors": [asdict(row) for row in rows],
+        "layers": [asdict(row) for row in average_layers(rows)],
+        "experts": [asdict(row) for row in summarize_experts(statistics)],
+    }
+
+
+def comparison_json(comparison: Comparison) -> dict[str, object]:
+    """Return a comparison of two imatrices, and the verdict, as JSON-able values."""
+    return {**asdict(comparison), "verdict": judge(comparison)}

@@ -21,9 +21,10 @@ Vector = NDArray[np.float64]
 
 ACTIVE = 1e-5  # a column whose mean x² is above it is active (imatrix.cpp)
 TOP_SHARE = 0.01  # of the columns, whose overlap is compared
-# Two imatrices of different text that agree this well lead to nearly the same choices; see `judge`.
-ENOUGH_RANK_CORRELATION, ENOUGH_OVERLAP = 0.99, 0.9
-TOO_LITTLE_RANK_CORRELATION, TOO_LITTLE_OVERLAP = 0.9, 0.6
+# Of two imatrices of every other chunk of one text. Measured on the demo model, in chunks of 512 tokens: 3 against 3
+# 0.93 and 93 %, 12 against 12 0.95 and 92 %, 54 against 54 0.99 and 97 %. First half against second: 0.58.
+ENOUGH_RANK_CORRELATION, ENOUGH_OVERLAP = 0.99, 0.95
+TOO_LITTLE_RANK_CORRELATION, TOO_LITTLE_OVERLAP = 0.9, 0.8
 
 
 # --- one imatrix --------------------------------------------------------------------------------------------------------
@@ -220,14 +221,15 @@ def compare_statistics(first: Statistics, second: Statistics) -> Comparison:
 def judge(comparison: Comparison) -> str:
     """Return in a line whether the calibration text is enough: whether other text of its kind says the same.
 
-    Judged by the tenth of the weights that agree least (their rank correlation and overlap of top columns). The two
-    should come from different halves of one kind of text; merged, they are then more exact than either.
+    Judged by the rank correlation that nine of ten weights reach, and the mean overlap of top columns. The two
+    must come from different samples of the same mixture, such as every other document: one half of a text against the
+    other compares topics. Merged, they are then more exact than either.
     """
     if not comparison.tensors:
         return "nothing to compare: the two have no weight in common"
     correlation = float(np.quantile([c.rank_correlation for c in comparison.tensors], 0.1))
-    overlap = float(np.quantile([c.top_overlap for c in comparison.tensors], 0.1))
-    measured = f"in nine of ten weights the rank correlation is at least {correlation:.3f} and the overlap of the top 1 % at least {100 * overlap:.0f} %"
+    overlap = float(np.mean([c.top_overlap for c in comparison.tensors]))  # of few columns each: only their mean is steady
+    measured = f"the rank correlation is at least {correlation:.3f} in nine of ten weights, the overlap of the top 1 % {100 * overlap:.0f} % on average"
     if correlation >= ENOUGH_RANK_CORRELATION and overlap >= ENOUGH_OVERLAP:
         return f"enough text: {measured}; more of this kind would change little"
     if correlation >= TOO_LITTLE_RANK_CORRELATION and overlap >= TOO_LITTLE_OVERLAP:

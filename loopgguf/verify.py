@@ -31,7 +31,7 @@ from loopgguf.source import Tensor
 Progress = Callable[[str, int, int], None]
 
 CHILD_MEMORY_BYTES = 2 << 30  # vocabulary, KV cache of a few hundred tokens and compute buffers fit; the weights are mapped
-_SLAB_BYTES = 16 << 20
+_SLAB_BYTES = 1 << 20
 _ERROR_TOLERANCE = 1e-6  # relative; both sides compute the same numbers from the same bytes
 
 

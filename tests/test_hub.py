@@ -198,7 +198,7 @@ def test_references_are_parsed():
         (
             ["en/c4-train.00-of-24.json.gz", "en/c4-validation.0.json.gz", "en.noclean/c4-train.0.json.gz"],
             ("en", "train"),
-            ["en/c4-train.00000-of-01024.json.gz"],
+            ["en/c4-train.00-of-24.json.gz"],
         ),
         (
             ["wikitext-103-raw-v1/train-0.parquet", "wikitext-2-raw-v1/test-0.parquet", "wikitext-2-raw-v1/train-00000-of-00001.parquet"],

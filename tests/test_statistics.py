@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as npst
 from loopgguf.container import ValueType, array, read_gguf, string, uint32, write_gguf
 from loopgguf.errors import InputError, OutputError
 from loopgguf.formats import GgmlType
-from loopgguf.statistics import Columns, ColumnSums, Statistics, check_coverage, load_imatrix, merge, sanitize_importance, save_imatrix
+from loopgguf.statistics import Columns, ColumnSums, Statistics, check_coverage, describe_gaps, load_imatrix, merge, sanitize_importance, save_imatrix
 
 Q, GATE = "blk.0.attn_q.weight", "blk.0.ffn_gate_exps.weight"
 KEYS = {"general.type": string("imatrix"), "imatrix.datasets": array(ValueType.STRING, ["a.txt"])}
@@ -125,6 +125,38 @@ def test_file_is_laid_out_as_llama_imatrix_writes_it(statistics: Statistics, tmp
     assert list(file.metadata) == ["general.type", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"]
 
 
+def test_moments_come_back(tmp_path: Path):
+    """Catches Σx and max |x| that are lost, swapped, or written for a weight that has none."""
+    path = tmp_path / "x.imatrix.gguf"
+    full = Columns(f32(2, 4)[None], np.array([4]), f32(-1, 2)[None], f32(1, 1.5)[None])
+    save_imatrix(Statistics({Q: full, GATE: columns([[1, 2]], [1])}, ("a",), 1, 512), path)
+    assert [t.name for t in read_gguf(path).tensors] == [f"{Q}{s}" for s in (".in_sum2", ".counts", ".in_sum", ".in_max")] + [
+        f"{GATE}.in_sum2",
+        f"{GATE}.counts",
+    ]
+    loaded = load_imatrix(path).columns
+    assert loaded[Q].sums is not None and loaded[Q].max_abs is not None
+    assert (loaded[Q].sums.tolist(), loaded[Q].max_abs.tolist()) == ([[-1, 2]], [[1, 1.5]])
+    assert loaded[GATE].sums is None and loaded[GATE].max_abs is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values", "said"),
+    [
+        (".in_max", f32(1, -1), f".in_max of {Q} .*got -1.0"),
+        (".in_sum", f32(1, np.nan), f".in_sum of {Q} .*got nan"),
+        (".in_sum", f32(1, 2, 3), f"shape of {Q}.in_sum .*got 3 values, expected 2"),
+    ],
+)
+def test_bad_moments_are_refused(tmp_path: Path, suffix: str, values: np.ndarray, said: str):
+    """Catches a damaged file of which only half is checked."""
+    path = tmp_path / "x.gguf"
+    tensors = [(f"{Q}.in_sum2", GgmlType.F32, f32(1, 2)[None]), (f"{Q}.counts", GgmlType.F32, f32(2)[None]), (Q + suffix, GgmlType.F32, values[None])]
+    write_gguf(path, KEYS, tensors)
+    with pytest.raises(InputError, match=said):
+        load_imatrix(path)
+
+
 def test_gguf_py_reads_it(statistics: Statistics, tmp_path: Path):
     """Catches a file that only we can read."""
     gguf = pytest.importorskip("gguf")
@@ -144,9 +176,9 @@ def test_existing_file_is_kept(statistics: Statistics, tmp_path: Path):
 
 
 def test_unknown_tensors_beside_the_sums_are_ignored(tmp_path: Path):
-    """Catches a reader that refuses what upstream ignores (`.in_sum` of other tools)."""
+    """Catches a reader that refuses what upstream ignores."""
     path = tmp_path / "x.gguf"
-    tensors = [(f"{Q}.in_sum2", GgmlType.F32, f32(1, 2)[None]), (f"{Q}.counts", GgmlType.F32, f32(2)[None]), (f"{Q}.in_sum", GgmlType.F32, f32(-1, 2)[None])]
+    tensors = [(f"{Q}.in_sum2", GgmlType.F32, f32(1, 2)[None]), (f"{Q}.counts", GgmlType.F32, f32(2)[None]), (f"{Q}.in_cov", GgmlType.F32, f32(-1, 2)[None])]
     write_gguf(path, KEYS, tensors)
     assert list(load_imatrix(path).columns) == [Q]
 
@@ -225,6 +257,37 @@ def test_legacy_file_by_hand(tmp_path: Path):
     assert (loaded.datasets, loaded.n_chunks, loaded.chunk_size) == (("a.txt",), 12, 0)
     path.write_bytes(legacy([(Q.encode(), 3, [0.3, 6])]))
     assert load_imatrix(path).datasets == ()
+
+
+def test_legacy_file_is_written_as_llama_imatrix_does(tmp_path: Path):
+    """Catches calls that are rounded down to zero, unseen experts without ones, and the tail's order (`save_imatrix_legacy`)."""
+    path = tmp_path / "imatrix.dat"
+    save_imatrix(Statistics({Q: columns([[3, 6]], [513]), GATE: columns([[1, 2], [0, 0]], [1, 0])}, ("a.txt", "b.txt"), 2, 512), path)
+    q = f32(3, 6) / np.float32(513) * np.float32(2)
+    expected = legacy([(Q.encode(), 2, q.tolist()), (GATE.encode(), 1, [1, 2, 1, 1])], struct.pack("<ii", 2, 12) + b"a.txt, b.txt")
+    assert path.read_bytes() == expected
+
+
+def test_the_name_or_the_option_chooses_the_form(statistics: Statistics, tmp_path: Path):
+    """Catches a GGUF under the name of a .dat, which older tools take for one."""
+    for name, asked, expected in (("a.dat", None, b"\2\0\0\0"), ("b.gguf", None, b"GGUF"), ("c.dat", "gguf", b"GGUF"), ("d.gguf", "dat", b"\2\0\0\0")):
+        save_imatrix(statistics, tmp_path / name, output_format=asked)
+        assert (tmp_path / name).read_bytes()[:4] == expected
+    with pytest.raises(OutputError, match="already exists"):
+        save_imatrix(statistics, tmp_path / "a.dat")
+
+
+@given(npst.arrays(np.float32, (3, 4), elements=st.floats(0, 2.0**60, width=32)), st.lists(st.integers(0, 10**6), min_size=3, max_size=3).filter(any))
+def test_legacy_round_trip_keeps_importance_to_float32(tmp_path_factory: pytest.TempPathFactory, values: np.ndarray, counts: list[int]):
+    """Catches an importance that changes by more than two roundings on the way through a .dat."""
+    original = Statistics({GATE: Columns(values, np.array(counts))}, ("a",), 5, 512)
+    path = tmp_path_factory.mktemp("legacy") / "x.dat"
+    save_imatrix(original, path)
+    loaded = load_imatrix(path)
+    expected, got = original.importance(GATE), loaded.importance(GATE)
+    assert expected is not None and got is not None
+    np.testing.assert_allclose(got.reshape(3, 4), expected, rtol=3e-7, atol=1e-44)
+    assert (loaded.datasets, loaded.n_chunks) == (("a",), 5)
 
 
 def test_every_truncation_of_a_legacy_file_is_refused_or_lacks_only_its_tail(tmp_path: Path):
@@ -383,6 +446,35 @@ def test_imatrix_of_another_model_is_refused(statistics: Statistics, tensors: li
     with pytest.raises(InputError, match="imatrix of another model") as caught:
         check_coverage(statistics, tensors)
     assert said in str(caught.value)
+
+
+def test_gaps_are_told():
+    """Catches unreached experts, dead columns and unknown heads that nobody hears of."""
+    found = {Q: columns([[0, 4, 6]], [4]), GATE: columns([[1, 2], [0, 0]], [1, 0]), "blk.0.attn_k.weight": columns([[0, 0, 0]], [4])}
+    model = [
+        tensor(Q, 8, 3),
+        tensor(GATE, 2, 5, 2),
+        tensor("blk.0.attn_k.weight", 8, 3),
+        tensor("blk.1.nextn.eh_proj.weight", 4, 8),
+        tensor("token_embd.weight", 9, 3),
+    ]
+    lines = describe_gaps(check_coverage(Statistics(found, (), 1, 512), model))
+    for line, said in zip(
+        lines,
+        [
+            "no data for the head, which is token_embd.weight (tied)",
+            "no data for 1 weights that the text never reached (blk.1.nextn.eh_proj.weight)",
+            f"experts never reached (1 of 2 in {GATE})",
+            "every activation was zero in 1 weights (blk.0.attn_k.weight)",
+            f"1 columns were always zero (1 in {Q})",
+        ],
+        strict=True,
+    ):
+        assert said in line
+    untied = describe_gaps(check_coverage(Statistics({Q: columns([[1, 4, 6]], [4])}, (), 1, 512), [tensor(Q, 8, 3), tensor("output.weight", 9, 3)]))
+    assert len(untied) == 1 and "output.weight, which is collected on request only (--process-output)" in untied[0]
+    head = Statistics({Q: columns([[1, 4, 6]], [4]), "output.weight": columns([[1, 1, 1]], [4])}, (), 1, 512)
+    assert describe_gaps(check_coverage(head, [tensor(Q, 8, 3), tensor("output.weight", 9, 3)])) == []
 
 
 # --- sanitizing ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
 others. The presets' files are loopgguf's own: their tensors are byte for byte those of llama.cpp's quantizer with the
-same imatrix, which `tests/test_same_bytes.py` and `tests/test_real.py` prove. So a preset's row is llama.cpp's figure.
+same importances, which `tests/test_same_bytes.py` and `tests/test_real.py` prove. So a preset's row is llama.cpp's
+figure. (Importances of zero are raised a little first, as in every file that loopgguf makes.)
 
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. Each text is
