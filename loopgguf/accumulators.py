@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -230,6 +231,27 @@ class Columns:
     max_abs: FloatArray | None = None
 
 
+_cached_group = lru_cache(maxsize=1 << 16)(input_group)  # asked for every matmul of every chunk
+
+
+class _Slab:
+    """Remembers the squares of the slab that was summed last, for the next weights of its input group: q, k and v see the same X."""
+
+    def __init__(self) -> None:
+        self._group: tuple[str | None, int | None, int] | None = None
+        self._names: set[str] = set()
+        self.squares: NDArray[np.float64] = np.empty(0)
+
+    def is_same(self, name: str, matrix: int | None, X: FloatArray) -> bool:
+        """Tell whether X, inputs of a weight, are those of the call before; a name that comes again starts a new slab."""
+        group = (_cached_group(name), matrix, X.__array_interface__["data"][0])
+        if group == self._group and group[0] is not None and name not in self._names:
+            self._names.add(name)
+            return True
+        self._group, self._names = group, {name}
+        return False
+
+
 class ColumnSums(_Sums):
     """An accumulator of Σx² per input column and of token counts, as llama-imatrix keeps them; with `moments` Σx and max |x| too.
 
@@ -239,6 +261,7 @@ class ColumnSums(_Sums):
     def __init__(self, *, moments: bool = False) -> None:
         super().__init__()
         self.moments = moments
+        self._slab = _Slab()
 
     def add(self, name: str, matrix: int | None, X: FloatArray) -> None:
         """Add a slab X (n_tokens, n_in) float32 of inputs of matrix `matrix` (None: the only one) of weight `name`.
@@ -247,10 +270,12 @@ class ColumnSums(_Sums):
         when an activation is not finite.
         """
         key = (name, matrix or 0)
-        with np.errstate(over="ignore", invalid="ignore"):  # reported right below
-            squares = np.einsum("ij,ij->j", X, X)
-        refuse_non_finite(name, squares)
-        self._accumulate("squares", key, squares.astype(np.float64))
+        if not self._slab.is_same(name, matrix, X):
+            with np.errstate(over="ignore", invalid="ignore"):  # reported right below
+                squares = np.einsum("ij,ij->j", X, X)
+            refuse_non_finite(name, squares)
+            self._slab.squares = squares.astype(np.float64)
+        self._accumulate("squares", key, self._slab.squares)
         self._accumulate("counts", key, np.array(len(X), np.int64))
         if self.moments:
             self._accumulate("sums", key, X.sum(axis=0).astype(np.float64))
@@ -643,7 +668,7 @@ def _share(part: float, whole: float) -> float:
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
-_LOGIT_SLAB = 64  # rows of logits turned into float64 at a time
+_LOGIT_SLAB = 16  # rows of logits worked on at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -666,11 +691,12 @@ def score_tokens(logits: FloatArray, targets: NDArray[np.int32], *, precision: t
     precision: of the exponentials; float32 is several times faster and good to 1e-6 nats or so.
     """
     nll = np.empty(len(targets))
+    room = np.empty((min(_LOGIT_SLAB, len(targets)), logits.shape[1]), precision)
     for start in range(0, len(targets), _LOGIT_SLAB):
-        slab = logits[start : start + _LOGIT_SLAB].astype(precision)
-        slab -= slab.max(axis=1, keepdims=True)
-        at_target = slab[np.arange(len(slab)), targets[start : start + _LOGIT_SLAB]]
-        nll[start : start + _LOGIT_SLAB] = np.log(np.exp(slab, out=slab).sum(axis=1, dtype=np.float64)) - at_target
+        slab = logits[start : start + _LOGIT_SLAB]
+        shifted = np.subtract(slab, slab.max(axis=1, keepdims=True), out=room[: len(slab)], dtype=precision)
+        at_target = shifted[np.arange(len(slab)), targets[start : start + _LOGIT_SLAB]].astype(np.float64)
+        nll[start : start + _LOGIT_SLAB] = np.log(np.exp(shifted, out=shifted).sum(axis=1).astype(np.float64)) - at_target
     return nll
 
 

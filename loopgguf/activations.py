@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def watch_library() -> _Watch:
     return _Watch(library, numbers[b"MUL_MAT"], numbers[b"MUL_MAT_ID"], numbers[b"SOFT_MAX"])
 
 
+@lru_cache(maxsize=1 << 16)
 def strip_name(raw: bytes) -> str:
     """Return a weight's name without the device marks of a copy: `CUDA0#blk.0.attn_k.weight#0` → `blk.0.attn_k.weight`."""
     name = raw.decode("utf-8", "replace")
@@ -182,6 +184,12 @@ class _Watcher:
         self.audience, self.process_output, self.wants_weight = audience, process_output, wants
         self.watch = watch_library()
         self.error: BaseException | None = None
+        self._computed: int | None = None  # the address of the inputs that were looked at last
+
+    def begin_chunk(self, number: int) -> None:
+        """What the graph computes from now on is of chunk `number`."""
+        self._computed = None
+        self.audience.begin_chunk(number)
 
     def __call__(self, address: int, ask: bool) -> bool:
         try:
@@ -206,7 +214,12 @@ class _Watcher:
         if node.op == self.watch.mul_mat_id:
             return True
         X = GgmlTensor.from_address(node.src[1])
-        return X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or (self.process_output and name == HEAD))
+        if not (X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or (self.process_output and name == HEAD))):
+            return False
+        if node.src[1] == self._computed and not self.audience.wants_outputs:
+            self.collect(node)  # k and v after q: their input is there already, so the graph need not stop once more
+            return False
+        return True
 
     def collect(self, node: GgmlTensor) -> None:
         if node.op == self.watch.soft_max:
@@ -217,6 +230,7 @@ class _Watcher:
         name = strip_name(weight.name)
         if inputs.type != GgmlType.F32:
             raise InputError(f"activations of {name}: got ggml type {inputs.type}, expected F32. This architecture is not supported by the imatrix pass")
+        self._computed = node.src[1]
         split = self._splitter(node, weight)
         outputs = split(read_tensor(node, "<f4")) if self.audience.wants_outputs else None
         for matrix, slab in split(read_tensor(inputs, "<f4")):
@@ -230,6 +244,13 @@ class _Watcher:
             expert_ids, n_experts = read_tensor(GgmlTensor.from_address(node.src[2]), "<i4")[0, 0], weight.ne[2]
             return lambda values: iter(split_experts(values[0], expert_ids, n_experts))
         return lambda values: split_matrices(values, (weight.ne[3], weight.ne[2]))
+
+
+def _score(pool: ThreadPoolExecutor, n_parts: int, logits: FloatArray, targets: TokenArray) -> NDArray[np.float64]:
+    """Return the losses of the tokens, computed in single precision by as many threads as there are parts."""
+    edges = np.linspace(0, len(targets), n_parts + 1).astype(int).tolist()
+    parts = pool.map(lambda a, b: score_tokens(logits[a:b], targets[a:b], precision=np.float32), edges[:-1], edges[1:])
+    return np.concatenate(list(parts))
 
 
 def collect_from_gguf(
@@ -258,13 +279,13 @@ def collect_from_gguf(
     audience = Audience(accumulators, split)
     watcher = _Watcher(audience, process_output=process_output, wants=wants)
     losses = [] if losses is None else losses
-    with Model(path) as model, Context(model, n_ctx, n_threads=n_threads, callback=watcher) as context:
+    with Model(path) as model, Context(model, n_ctx, n_threads=n_threads, callback=watcher) as context, ThreadPoolExecutor(n_threads) as pool:
         for i in range(len(losses), n_chunks):
-            audience.begin_chunk(i)
+            watcher.begin_chunk(i)
             logits = context.decode(chunks[i])
             if watcher.error is not None:
                 raise watcher.error
-            losses.append(score_tokens(logits[first : n_ctx - 1], chunks[i, first + 1 :], precision=np.float32))
+            losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], chunks[i, first + 1 :]))
             if on_chunk is not None:
                 on_chunk(i)
             if progress is not None:

@@ -2,9 +2,10 @@
 
 A multiple-choice knapsack. The linear relaxation is solved exactly (lower convex hulls, cheapest error per byte first;
 Sinha and Zoltners, Operations Research 27, 1979), which gives a bound that no allocation can beat and a good start.
-Choices whose reduced cost exceeds the gap between the two are in no better solution and are dropped; what is left, a
-few items, goes to an integer program (HiGHS through scipy). All is deterministic: limits are nodes, never seconds.
-Knows integers and floats only: no tensors, types or files.
+Choices whose reduced cost exceeds the gap between the two are in no better solution and are dropped; the few dozen
+items that keep more than one go through a dynamic program over (bytes, reduced cost) whose states are dropped when one
+is no better than another in both, or when the bound says so (as Pisinger's MCKNAP, EJOR 83, 1995). Exact, and the same
+every time. Knows integers and floats only: no tensors, types or files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_NODES = 20_000  # of the branch and bound tree; reached only where the remaining gap is already tiny
+MAX_STATES = 1_000_000  # of the dynamic program; a model has thousands. Beyond it the best are kept, and the gap says so
 _SLACK = 1e-9  # relative: what floating point may lose when a bound is compared
 
 Ints = NDArray[np.int64]
@@ -35,8 +36,8 @@ class Choice:
 class Solution:
     """The index of the choice of each item, what they sum to, and how far from optimal that can be at most.
 
-    lower_bound: no allocation within the budget has less error (the linear relaxation, or better where the integer
-    program proved more). price: error per byte at the margin, the multiplier of the budget.
+    lower_bound: no allocation within the budget has less error. price: error per byte at the margin, the multiplier of
+    the budget.
     """
 
     picks: tuple[int, ...]
@@ -130,82 +131,67 @@ def _fill(items: Sequence[Sequence[Choice]], picks: Sequence[int], budget_bytes:
         filled[i] = k
 
 
-def solve(items: Sequence[Sequence[Choice]], budget_bytes: int, max_nodes: int = MAX_NODES) -> Solution:
+def solve(items: Sequence[Sequence[Choice]], budget_bytes: int, max_states: int = MAX_STATES) -> Solution:
     """Return the allocation of least error whose bytes are at most `budget_bytes`, proven optimal where `gap` is 0.
 
     items: each with at least one choice; errors finite and from 0. The budget must be reachable (`reachable_bytes`).
     """
     assert reachable_bytes(items)[0] <= budget_bytes, (reachable_bytes(items), budget_bytes)
     relaxation = _relax(items, budget_bytes)
-    picks = _fill(items, relaxation.picks, budget_bytes)
-    n_bytes, error = total(items, picks)
-    if error <= relaxation.bound * (1 + _SLACK):
-        return Solution(picks, n_bytes, error, min(relaxation.bound, error), relaxation.price)
-    better, bound = _clean_up(items, picks, relaxation, budget_bytes, max_nodes)
-    n_bytes, error = total(items, better)
-    return Solution(better, n_bytes, error, min(bound, error), relaxation.price)
-
-
-def _clean_up(
-    items: Sequence[Sequence[Choice]], picks: tuple[int, ...], relaxation: _Relaxation, budget_bytes: int, max_nodes: int
-) -> tuple[tuple[int, ...], float]:
-    """Return the best allocation found by the integer program, never worse than `picks`, and a lower bound.
-
-    In units of the gap: excess_ij = error + price · bytes − the item's least such sum. Every allocation's error is
-    bound + Σ excess + price · (unspent bytes), so a choice whose excess alone exceeds the gap is in no better one.
-    """
+    picks, is_proven = _fill(items, relaxation.picks, budget_bytes), False
     gap = total(items, picks)[1] - relaxation.bound
-    kept: list[tuple[int, int, float]] = []  # item, choice, excess
-    for i, item in enumerate(items):
-        sums = [c.error + relaxation.price * c.n_bytes for c in item]
-        least = min(sums)
-        kept += [(i, k, sums[k] - least) for k in efficient(item) if sums[k] - least <= gap * (1 + _SLACK) or k == picks[i]]
-    found = _integer_program(items, kept, relaxation.price, gap, budget_bytes, max_nodes)
-    if found is None:
-        return picks, relaxation.bound
-    candidate, bound = found
-    n_bytes, error = total(items, candidate)
-    is_better = n_bytes <= budget_bytes and error < total(items, picks)[1]
-    return (candidate if is_better else picks), relaxation.bound + bound
+    if gap > relaxation.bound * _SLACK:
+        better, is_proven = _clean_up(items, relaxation.price, gap, budget_bytes, max_states)
+        if better is not None and total(items, better)[1] < total(items, picks)[1]:
+            picks = better
+    n_bytes, error = total(items, picks)
+    return Solution(picks, n_bytes, error, error if is_proven else min(relaxation.bound, error), relaxation.price)
 
 
-def _integer_program(
-    items: Sequence[Sequence[Choice]], kept: Sequence[tuple[int, int, float]], price: float, gap: float, budget_bytes: int, max_nodes: int
-) -> tuple[tuple[int, ...], float] | None:
-    """Minimise Σ excess + price · unspent bytes over the kept choices; return the picks and a lower bound on that, or None.
+def _excesses(item: Sequence[Choice], price: float, gap: float) -> list[tuple[int, int, float]]:
+    """Return (choice, bytes, excess) of the choices that may be in an allocation better than one of this gap.
 
-    Costs are counted from each item's smallest kept choice and in units of their common divisor, so that HiGHS sees
-    small integers; the objective is in units of the gap.
+    excess = error + price · bytes, less the item's least such sum. Every allocation's error is the relaxation's bound
+    + Σ excess + price · unspent bytes, so a choice whose excess alone exceeds the gap is in no better one.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
+    sums = [choice.error + price * choice.n_bytes for choice in item]
+    least = min(sums)
+    return [(k, item[k].n_bytes, sums[k] - least) for k in efficient(item) if sums[k] - least <= gap * (1 + _SLACK)]
 
-    n_items = len(items)
-    of_item: Ints = np.array([i for i, _, _ in kept], np.int64)
-    n_bytes: Ints = np.array([items[i][k].n_bytes for i, k, _ in kept], np.int64)
-    smallest: Ints = np.full(n_items, np.iinfo(np.int64).max)
-    np.minimum.at(smallest, of_item, n_bytes)
-    extra = n_bytes - smallest[of_item]
-    unit = max(1, int(np.gcd.reduce(extra)))
-    room = (budget_bytes - int(smallest.sum())) // unit
-    excess: Floats = np.array([e for _, _, e in kept], np.float64)
-    objective = (excess - price * extra) / gap
-    constant = price * (budget_bytes - int(smallest.sum())) / gap
-    columns = np.arange(len(kept))
-    one_each = coo_array((np.ones(len(kept)), (of_item, columns)), shape=(n_items, len(kept))).tocsr()
-    within = LinearConstraint((extra // unit)[None, :].astype(np.float64), -np.inf, float(room))
-    result = milp(
-        objective,
-        integrality=np.ones(len(kept)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), within],
-        options={"node_limit": max_nodes, "mip_rel_gap": 1e-7},
-    )
-    if result.x is None:
-        return None
-    picks = [0] * n_items
-    for column in np.flatnonzero(result.x > 0.5):
-        i, k, _ = kept[int(column)]
-        picks[i] = k
-    bound = result.mip_dual_bound
-    return tuple(picks), 0.0 if bound is None or not np.isfinite(bound) else max(0.0, (bound + constant) * gap)
+
+def _clean_up(items: Sequence[Sequence[Choice]], price: float, gap: float, budget_bytes: int, max_states: int) -> tuple[tuple[int, ...] | None, bool]:
+    """Return the best allocation whose Σ excess + price · unspent bytes is at most `gap` (None: there is none), and whether that is proven.
+
+    Item by item, each state is the bytes and the excess of the choices so far. A state with no fewer bytes and no less
+    excess − price · bytes than another ends no better, whatever follows.
+    """
+    options = [_excesses(item, price, gap) for item in items]
+    order = sorted(range(len(items)), key=lambda i: len(options[i]))  # those with one choice first
+    least, most = ([pick(n_bytes for _, n_bytes, _ in options[i]) for i in range(len(items))] for pick in (min, max))
+    to_come, at_most = sum(least), sum(most)
+    n_bytes: Ints = np.zeros(1, np.int64)
+    excess: Floats = np.zeros(1)
+    steps: list[tuple[Ints, Ints]] = []  # of each item, by state: the state before, and the number of the option
+    is_proven = True
+    for i in order:
+        to_come, at_most = to_come - least[i], at_most - most[i]
+        more_bytes = np.array([n for _, n, _ in options[i]], np.int64)
+        more_excess = np.array([e for _, _, e in options[i]])
+        n_bytes, excess = np.add.outer(n_bytes, more_bytes).ravel(), np.add.outer(excess, more_excess).ravel()
+        unspent = np.maximum(0, budget_bytes - at_most - n_bytes)
+        alive = np.flatnonzero((n_bytes + to_come <= budget_bytes) & (excess + price * unspent <= gap * (1 + _SLACK)))
+        value = excess[alive] - price * n_bytes[alive]
+        alive = alive[np.lexsort((value, n_bytes[alive]))]
+        value = excess[alive] - price * n_bytes[alive]
+        alive = alive[np.diff(np.minimum.accumulate(value), prepend=np.inf) < 0]
+        if len(alive) > max_states:
+            alive, is_proven = np.sort(alive[np.argsort(excess[alive], kind="stable")[:max_states]]), False
+        steps.append((alive // len(options[i]), alive % len(options[i])))
+        n_bytes, excess = n_bytes[alive], excess[alive]
+    if not len(n_bytes):
+        return None, is_proven
+    state = int(np.argmin(excess + price * (budget_bytes - n_bytes)))
+    picks = [0] * len(items)
+    for i, (before, option) in zip(reversed(order), reversed(steps), strict=True):
+        picks[i], state = options[i][int(option[state])][0], int(before[state])
+    return tuple(picks), is_proven

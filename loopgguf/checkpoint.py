@@ -221,6 +221,9 @@ class Job:
             if not self.resume:
                 self._clear()
             self._compare()
+            if next(self._manifests(), None) is None:  # an engine's own files must never be taken for those of another job
+                with _explained(self.folder):
+                    self._publish(_Manifest(self.fingerprint, 0, {}, {}).encode())
         except BaseException:
             self._release()
             raise
@@ -231,9 +234,17 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if not any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from: leave nothing behind
+        if not self._is_worth_keeping(error):
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
+
+    def _is_worth_keeping(self, error: BaseException | None) -> bool:
+        """Tell whether there is something to go on from: finished steps, or what a stopped engine had before its first."""
+        if not any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+            return False
+        newest = next(self._manifests(), None)
+        has_begun = isinstance(error, Interrupted | KeyboardInterrupt) and any(self.work.iterdir())
+        return newest is None or newest.n_steps > 0 or has_begun
 
     @property
     def work(self) -> Path:
@@ -307,6 +318,8 @@ class Job:
         """
         damaged = False
         for manifest in self._manifests():
+            if manifest.n_steps == 0:
+                return None
             try:
                 return State(manifest.n_steps, {name: self._read(digest) for name, digest in manifest.parts.items()}, manifest.facts)
             except (InputError, OSError) as error:

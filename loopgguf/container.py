@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,12 +29,17 @@ import numpy as np
 from loopgguf.errors import InputError, OutputError
 from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, GgmlType, padded, tensor_bytes
 
+logger = logging.getLogger(__name__)
+
 MAGIC = b"GGUF"
 VERSION = 3
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing NUL
 MAX_KEY_BYTES = 65535
 MAX_DIMS = 4
 LFS_POINTER = b"version https://git-lfs"
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
+_NO_PREALLOCATION = (errno.EINVAL, errno.EOPNOTSUPP)  # ZFS among others
 
 Shape = tuple[int, ...]
 Scalar = int | float | bool | str
@@ -447,11 +454,40 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
         raise OutputError(f"cannot {doing} {path}: {error.strerror}; {remedy}") from error
 
 
+def _lock(fd: int) -> None:
+    """Lock an open file for this opening of it; raises BlockingIOError when another holds it. The system frees it when we die."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("this file system has no locks: two runs on one output would not notice each other")
+
+
+def _open_alone(path: Path) -> int:
+    """Return a descriptor of the file at `path`, new or left over, locked; raises BlockingIOError when another run writes it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            _lock(fd)
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its last owner has renamed or removed it meanwhile
+
+
 class PartFile:
     """A file being written as `NAME.part` beside its target; it gets its name only by `publish`.
 
-    The disk is checked and the space reserved first. `write_at` may be called from any thread. Leaving the block
-    without `publish`, by an error or otherwise, removes the part: no partial output is ever left behind.
+    The part is locked, so that two runs on one output do not write into one another; one that a killed run left behind
+    is taken over. The disk is checked and the space reserved first. `write_at` may be called from any thread. Leaving
+    the block without `publish`, by an error or otherwise, removes the part: no partial output is ever left behind.
     """
 
     def __init__(self, target: Path, total_bytes: int, *, overwrite: bool = False) -> None:
@@ -463,20 +499,31 @@ class PartFile:
         refuse_existing(self.target, overwrite=self.overwrite)
         with _explained(self.path, "create"):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.target.parent).free
-            if free < self.total_bytes:
-                raise OSError(errno.ENOSPC, f"{self.total_bytes} bytes needed, {free} free")
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                self._fd = _open_alone(self.path)
+            except BlockingIOError as error:
+                raise OutputError(f"output {self.target} is being written by another run: wait for it, or choose another name with -o") from error
         try:
             with _explained(self.path, "reserve space for"):
-                if self.total_bytes and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, 0, self.total_bytes)
-                else:  # macOS: nothing is reserved, but the padding at the end exists
-                    os.ftruncate(self._fd, self.total_bytes)
-        except OutputError:
+                self._reserve()
+        except BaseException:
             self.discard()
             raise
         return self
+
+    def _reserve(self) -> None:
+        """Give the part its size, all zeros, and the disk space for it where the file system can."""
+        os.ftruncate(self._fd, 0)  # a leftover's bytes count as free
+        free = shutil.disk_usage(self.target.parent).free
+        if free < self.total_bytes:
+            raise OSError(errno.ENOSPC, f"{self.total_bytes} bytes needed, {free} free")
+        try:
+            if self.total_bytes and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.total_bytes)
+        except OSError as error:
+            if error.errno not in _NO_PREALLOCATION:
+                raise
+        os.ftruncate(self._fd, self.total_bytes)  # where nothing is reserved, the padding at the end exists all the same
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`; raises OutputError when the disk is full."""
@@ -493,11 +540,10 @@ class PartFile:
 
     def publish(self) -> None:
         """Give the finished part its final name, atomically and durably."""
-        os.close(self._fd)
-        self._fd = -1
         refuse_existing(self.target, overwrite=self.overwrite)
         with _explained(self.target, "publish"):
             self.path.replace(self.target)
+            self._close()  # and unlock: what lies at `path` from now on is not ours
             folder = os.open(self.target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -505,11 +551,14 @@ class PartFile:
                 os.close(folder)
 
     def discard(self) -> None:
-        """Close and remove the part, if it is still there."""
+        """Remove the part and close it, unless it is published."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.discard()

@@ -488,7 +488,7 @@ def _within_bounds(types: Sequence[GgmlType], name: str, bounds: Sequence[Rule])
     kept = tuple(t for t in types if low <= FORMATS[t].bpw <= high)
     if not kept:
         raise UsageError(
-            f"tensor {name}: got the types {', '.join(t.name for t in types)}, none of {low:g} to {high:g} bits as the profile asks. Widen its limits"
+            f"tensor {name}: got the types {', '.join(t.name for t in types)}, expected one of {low:g} to {high:g} bits, as the profile asks. Widen its limits"
         )
     return kept
 

@@ -107,7 +107,7 @@ def save_sensitivities(sensitivities: Sensitivities, path: Path) -> None:
 def load_sensitivities(path: Path, fingerprint: str) -> Sensitivities | None:
     """Return what `save_sensitivities` wrote; None where there is no such file, or only a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             names = [key.removeprefix("rows/") for key in arrays.files if key.startswith("rows/")]
             return Sensitivities({name: Sensitivity(arrays[f"rows/{name}"], arrays[f"columns/{name}"]) for name in names}, fingerprint)
     except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):

@@ -230,6 +230,21 @@ def test_another_fingerprint_names_its_fields(tmp_path: Path):
         assert job.load() is not None
 
 
+def test_what_an_engine_had_before_its_first_step_is_of_this_job_only(tmp_path: Path):
+    """Catches hidden states of one text that are taken for another's, and those that a stop throws away."""
+    folder = tmp_path / "job"
+    with pytest.raises(Interrupted), Job(folder, FINGERPRINT) as job:
+        (job.work / "border").write_bytes(b"x")
+        job.should_stop = True
+        job.stop_if_asked("0 layers")
+    with pytest.raises(UsageError, match="n_ctx"):
+        Job(folder, {**FINGERPRINT, "n_ctx": 1024}).__enter__()
+    with pytest.raises(InputError), Job(folder, FINGERPRINT) as job:
+        assert (job.work / "border").exists() and job.load() is None
+        raise InputError("a bad model")
+    assert not folder.exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no fork")
 def test_a_folder_in_use_is_refused_and_free_when_its_owner_is_dead(tmp_path: Path):
     """Catches two runs that write one folder, and a lock that outlives a killed run."""

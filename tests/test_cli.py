@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from loopgguf import cli
+from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
-from loopgguf.statistics import Columns, Statistics, save_imatrix
+from loopgguf.statistics import Columns, Statistics, load_imatrix, save_imatrix
 
 Run = Callable[..., "Outcome"]
 
@@ -277,3 +278,49 @@ def test_not_a_model(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     _refused(run("imatrix", tmp_path / "empty"), 3, "config.json")
     _refused(run("inspect", tmp_path / "nowhere.gguf"), 3, "nowhere.gguf")
+
+
+# --- imatrix files ----------------------------------------------------------------------------------------------------
+
+
+def _imatrix(path: Path, value: float) -> Path:
+    columns = {"blk.0.attn_q.weight": Columns(np.array([[value, 2.0, 3.0]], np.float32), np.array([1024]))}
+    save_imatrix(Statistics(columns, (path.name,), 2, 512), path)
+    return path
+
+
+def test_imatrices_are_merged_without_a_model(run: Run, tmp_path: Path) -> None:
+    """A merge that needs the model, a .dat that is a GGUF, and an input that is overwritten."""
+    parts = [_imatrix(tmp_path / f"{n}.imatrix.gguf", n) for n in (1, 2)]
+    merging = [word for part in parts for word in ("--in-file", part)]
+    _refused(run("imatrix", *merging, "-o", parts[0], "--overwrite"), 4, "is the input")
+    _refused(run("imatrix"), 2, "MODEL", "--in-file")
+    done = run("imatrix", *merging)
+    assert done.code == 0 and "wrote merged.imatrix.gguf: 1 tensors of 2 files, 4 chunks" in done.out
+    assert load_imatrix(Path("merged.imatrix.gguf")).columns["blk.0.attn_q.weight"].sum_squares.tolist() == [[3, 4, 6]]
+    assert run("imatrix", *merging, "-o", "sum.imatrix.dat").code == 0
+    assert Path("sum.imatrix.dat").read_bytes()[:4] == b"\1\0\0\0"
+    assert run("imatrix", *merging, "--output-format", "dat").code == 0
+    assert Path("merged.imatrix.dat").read_bytes() == Path("sum.imatrix.dat").read_bytes()
+
+
+def test_two_imatrices_are_compared(run: Run, tmp_path: Path) -> None:
+    """A comparison without a verdict."""
+    parts = [_imatrix(tmp_path / f"{n}.imatrix.gguf", n) for n in (1, 1.5)]
+    done = run("inspect", *parts)
+    assert done.code == 0 and "rank correlation" in done.out and "enough text: " in done.out
+    assert json.loads(run("inspect", *parts, "--json").out)["tensors"][0]["rank_correlation"] == 1
+
+
+def test_a_stopped_imatrix_goes_on(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C that loses what was done, a wrong exit code, and a run that goes on with other settings."""
+    arguments = ("imatrix", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64)
+    assert run(*arguments, "-o", tmp_path / "whole.imatrix.gguf").code == 0
+    monkeypatch.setattr(Job, "should_stop", property(lambda _job: True, lambda _job, _value: None), raising=False)
+    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.gguf.job")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "work")
+    _refused(run(*arguments, "--process-output", "-o", "a.imatrix.gguf"), 2, "process-output (was False, is True)", "--no-resume")
+    assert run(*arguments, "-o", "a.imatrix.gguf").code == 0
+    assert Path("a.imatrix.gguf").read_bytes() == (tmp_path / "whole.imatrix.gguf").read_bytes()
+    assert not Path("a.imatrix.gguf.job").exists()

@@ -741,6 +741,42 @@ def test_a_leftover_part_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == bytes(10)
 
 
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    """Catches a second run that truncates the first one's part, or removes it when it gives up."""
+    with PartFile(tmp_path / "a", 4) as first:
+        first.write_at(0, b"mine")
+        with pytest.raises(OutputError, match=r"output .*a is being written by another run"), PartFile(tmp_path / "a", 9, overwrite=True):
+            raise AssertionError
+        first.publish()
+        with PartFile(tmp_path / "a", 9, overwrite=True) as second:
+            first.discard()  # of a part that is not its own any more
+            second.write_at(0, b"theirs")
+            second.publish()
+    assert (tmp_path / "a").read_bytes() == b"theirs\0\0\0"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_leftover_part_does_not_count_against_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `disk full` because of the killed run's part, which is replaced anyway."""
+    part = tmp_path / "a.part"
+    part.write_bytes(b"y" * 60)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100 - part.stat().st_size))  # type: ignore[attr-defined]
+    with PartFile(tmp_path / "a", 80) as writing:
+        writing.publish()
+    assert (tmp_path / "a").stat().st_size == 80
+
+
+def test_a_file_system_without_locks_and_preallocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a refusal to write to ZFS (no preallocation) or to a network disk (no locks)."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", _raise(errno.ENOLCK))
+    monkeypatch.setattr(os, "posix_fallocate", _raise(errno.EOPNOTSUPP))
+    with PartFile(tmp_path / "a", 7) as part:
+        part.publish()
+    assert (tmp_path / "a").read_bytes() == bytes(7)
+    assert "no locks" in caplog.text
+
+
 def test_write_gguf_takes_arrays_in_any_memory_order(tmp_path: Path) -> None:
     """Catches writing a transposed view as it lies in memory."""
     values = np.arange(6, dtype=np.float32).reshape(3, 2).T

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tiny_checkpoint import pack_safetensors, write_checkpoint
 
 from loopgguf.errors import InputError
-from loopgguf.safetensor import INDEX_NAME, read_safetensors, read_weights
+from loopgguf.safetensor import INDEX_NAME, read_array, read_safetensors, read_weights, write_safetensors
 
 TWO = {"a": ("F32", np.arange(6, dtype="<f4").reshape(2, 3)), "b": ("BF16", np.arange(4, dtype="<u2"))}
 
@@ -179,3 +179,37 @@ def test_pickle_only(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match="no weights"):
         read_weights(tmp_path)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_come_back_from_what_is_written(tmp_path: Path):
+    """Catches a lost dtype, an array that is not contiguous written in memory's order, and an order that depends on insertion."""
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.array(7, np.int64),
+        "empty": np.zeros((0, 3)),
+        "big": np.array([1.5, -2], ">f8"),
+        "bool": np.array([True, False]),
+        "ü": np.arange(3, dtype=np.uint8),
+    }
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for path, ordered in zip(paths, (arrays, dict(reversed(arrays.items()))), strict=True):
+        with path.open("wb") as stream:
+            write_safetensors(stream.write, ordered, {"key": "value"})
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    header, stored = read_safetensors(paths[0])
+    assert json.loads(header)["__metadata__"] == {"key": "value"}
+    for name, array in arrays.items():
+        got = read_array(stored[name])
+        assert got.shape == array.shape and (got == array).all()
+        assert got.dtype == array.dtype.newbyteorder("<")
+
+
+def test_a_type_that_numpy_lacks_is_refused(tmp_path: Path):
+    """Catches BF16 read as F16."""
+    path = tmp_path / "x"
+    path.write_bytes(pack_safetensors({"w": ("BF16", np.zeros(2, np.uint16))}))
+    with pytest.raises(InputError, match=r"dtype of tensor 'w'.*got BF16"):
+        read_array(read_safetensors(path)[1]["w"])

@@ -1,7 +1,8 @@
 """How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
 
     python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
-        [--types Q4_0,Q4_K_M] [--profiles balanced] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…]
+        [--markdown] [--json FILE]
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
 others. The presets' files are loopgguf's own: their tensors are byte for byte those of llama.cpp's quantizer with the
@@ -9,8 +10,8 @@ same importances, which `tests/test_same_bytes.py` and `tests/test_real.py` prov
 figure. (Importances of zero are raised a little first, as in every file that loopgguf makes.)
 
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
-mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. Each text is
-measured by itself. Nothing is tuned here and no file is chosen by these figures.
+mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
+plans a file of exactly B's size and compares the two. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import models
@@ -32,9 +33,10 @@ from loopgguf import report
 from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import Measure, PairedComparison, Quality, compare_paired
-from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, default_threads, evaluate, quantize, reference_gguf
+from loopgguf.workflow import Compensate, EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, default_threads, evaluate, quantize, reference_gguf
 
 DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
+SIZE = "size-of-"  # begins the name of a file that is planned for a preset's exact size
 COLUMNS = ("file", "bytes", "bpw", "mean KLD", "99 % KLD", "same top p", "PPL ratio")
 
 
@@ -88,19 +90,33 @@ def as_candidate(name: str, path: Path) -> Candidate:
     return Candidate(name, path, sum(file.size_bytes for file in files), n_bits / n_weights)
 
 
+def make_requests(options: argparse.Namespace) -> dict[str, QuantizeRequest]:
+    """Return the presets and profiles asked for, by name."""
+    common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())))
+    ours = replace(common, compensate=options.compensate)
+    presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
+    return {name: replace(common, quant_type=name) for name in presets} | {name: replace(ours, profile=name) for name in split(options.profiles)}
+
+
+def make(model: Path, name: str, request: QuantizeRequest, folder: Path, options: argparse.Namespace) -> Candidate:
+    """Quantize a model by one request; the first that needs an imatrix makes it, the others take it from the cache."""
+    start = time.perf_counter()
+    path = folder / f"{model.stem}-{name}.gguf"
+    quantize(model, path, request, Settings(n_threads=options.threads, overwrite=True))
+    candidate = as_candidate(name, path)
+    note(f"  made {path.name}: {candidate.n_bytes:,} bytes, {time.perf_counter() - start:.0f} s")
+    return candidate
+
+
 def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> list[Candidate]:
-    """Quantize a model as every preset and profile asked for, with one imatrix: the first makes it, the others take it from the cache."""
-    calibration = ImatrixRequest(tuple(options.calibration or ()))
-    requests = {name: QuantizeRequest(quant_type=name, imatrix=options.imatrix, calibration=calibration) for name in split(options.types)}
-    requests |= {name: QuantizeRequest(profile=name, imatrix=options.imatrix, calibration=calibration) for name in split(options.profiles)}
-    candidates = [as_candidate(Path(file).stem, Path(file)) for file in split(options.files)]
-    for name, request in requests.items():
-        start = time.perf_counter()
-        path = folder / f"{model.stem}-{Path(name).stem}.gguf"
-        quantize(model, path, request, Settings(n_threads=options.threads, overwrite=True))
-        candidates.append(as_candidate(Path(name).stem, path))
-        note(f"  made {path.name}: {candidates[-1].n_bytes:,} bytes, {time.perf_counter() - start:.0f} s")
-    return candidates
+    """Quantize a model as every preset and profile asked for, and at the sizes of presets; files that were given come first."""
+    candidates = {path.stem: as_candidate(path.stem, path) for path in map(Path, split(options.files))}
+    for name, request in make_requests(options).items():
+        candidates[Path(name).stem] = make(model, Path(name).stem, request, folder, options)
+        if name in split(options.at_size_of):
+            sized = replace(request, quant_type=None, size_bytes=candidates[name].n_bytes, compensate=options.compensate)
+            candidates[f"{SIZE}{name}"] = make(model, f"{SIZE}{name}", sized, folder, options)
+    return list(candidates.values())
 
 
 def imatrix_text(candidates: Sequence[Candidate]) -> str:
@@ -232,7 +248,8 @@ def parse_pairs(text: str) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    pairs, sections = parse_pairs(options.compare), []
+    pairs = {f"{SIZE}{name}": name for name in split(options.at_size_of)} | parse_pairs(options.compare)
+    sections: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="loopgguf-quality-") as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,6 +266,8 @@ def main() -> int:
     models.add_options(parser)
     parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
+    parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, at whose exact sizes files are planned and compared with them")
+    parser.add_argument("--compensate", type=Compensate, default=Compensate.OFF, help="error feedback in all but the presets' files (default off)")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
     parser.add_argument("--reference", type=Path, metavar="GGUF", help="measure against this full-precision file (default: the model, converted as it is)")

@@ -71,7 +71,10 @@ def show_answers(original: Path, quantized: Path) -> None:
     from rich.text import Text
 
     prompts = render_prompts(original)
-    table = Table("prompt", *(f"{path.name}, {path.stat().st_size:,} bytes" for path in (original, quantized)), show_lines=True)
+    table = Table(show_lines=True, expand=True)
+    table.add_column("prompt", ratio=2)
+    for path in (original, quantized):
+        table.add_column(f"{path.name}, {path.stat().st_size:,} bytes", ratio=5)
     for row in zip(CHAT_PROMPTS, answer(original, prompts), answer(quantized, prompts), strict=True):
         table.add_row(*(Text(cell) for cell in row))
     console = Console(highlight=False)

@@ -1,0 +1,81 @@
+"""Sums of squared gradients against the textbook, and their file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopgguf.accumulators import GramSums
+from loopgguf.errors import InputError
+from loopgguf.sensitivity import SensitivitySums, from_grams, load_sensitivities, save_sensitivities
+
+
+def slabs() -> list[tuple[np.ndarray, np.ndarray]]:
+    generator = np.random.default_rng(0)
+    return [(generator.normal(size=(n, 6)).astype(np.float32), generator.normal(size=(n, 4)).astype(np.float32)) for n in (5, 9)]
+
+
+def collected() -> SensitivitySums:
+    sums = SensitivitySums()
+    for X, G in slabs():
+        sums.add_gradient("blk.0.attn_q.weight", X, G)
+        sums.add_gradient("token_embd.weight", None, X)
+    return sums
+
+
+def test_the_textbook() -> None:
+    """Would catch tokens not weighted, a mean over the wrong axis, or sums divided by chunks instead of tokens."""
+    X, G = (np.concatenate(parts).astype(np.float64) for parts in zip(*slabs(), strict=True))
+    found = collected().take(10, "f").sensitivity("blk.0.attn_q.weight")
+    w = (G**2).mean(axis=1)
+    H_w = sum(w[t] * np.outer(X[t], X[t]) for t in range(14)) / 14
+    r = (G**2).mean(axis=0)
+    assert found is not None
+    np.testing.assert_allclose(found.column_weights[0], np.diag(H_w), rtol=1e-5)
+    np.testing.assert_allclose(found.row_weights[0], r / r.mean(), rtol=1e-5)
+
+
+def test_a_row_of_the_embeddings_counts_as_the_average_token() -> None:
+    """Would catch an embedding whose every row is charged with all tokens: thousands of times too much."""
+    X = np.concatenate([X for X, _ in slabs()]).astype(np.float64)
+    found = collected().take(10, "f").sensitivity("token_embd.weight")
+    assert found is not None and found.row_weights.shape == (1, 10)
+    assert found.row_weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(found.column_weights[0], (X**2).mean(axis=0), rtol=1e-5)
+
+
+def test_whole_matrices_say_the_same() -> None:
+    """Would catch the two ways to gradients giving estimates on two scales."""
+    sums = GramSums()
+    for X, G in slabs():
+        sums.add_gradient("blk.0.attn_q.weight", X, G)
+    whole = from_grams(sums.take(), "f").sensitivity("blk.0.attn_q.weight")
+    diagonal = collected().take(10, "f").sensitivity("blk.0.attn_q.weight")
+    assert whole is not None and diagonal is not None and whole.gram is not None
+    np.testing.assert_allclose(whole.column_weights, diagonal.column_weights, rtol=1e-4)
+    np.testing.assert_allclose(whole.row_weights, diagonal.row_weights, rtol=1e-4)
+    assert whole.gram.shape == (1, 6, 6)
+
+
+def test_the_file_and_what_is_none(tmp_path: Path) -> None:
+    """Would catch a damaged cache entry that stops the work instead of being made again."""
+    path = tmp_path / "s.npz"
+    assert load_sensitivities(path, "f") is None
+    made = collected().take(10, "f")
+    save_sensitivities(made, path)
+    loaded = load_sensitivities(path, "f")
+    assert loaded is not None and loaded.fingerprint == "f" and list(loaded.by_name) == list(made.by_name)
+    for name in made.by_name:
+        np.testing.assert_array_equal(loaded.by_name[name].column_weights, made.by_name[name].column_weights)
+    raw = path.read_bytes()
+    for damaged in (raw[: len(raw) // 2], b"", b"no archive"):
+        path.write_bytes(damaged)
+        assert load_sensitivities(path, "f") is None
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name() -> None:
+    """Would catch NaN in every estimate of a plan."""
+    with pytest.raises(InputError, match=r"blk\.0\.attn_q\.weight"):
+        SensitivitySums().add_gradient("blk.0.attn_q.weight", np.ones((2, 3), np.float32), np.full((2, 2), np.nan, np.float32))
