@@ -1,7 +1,8 @@
 """The command line: parse → call → print → exit code. No logic; heavy imports inside commands, so `--help` is instant.
 
 Tables and results go to standard output, progress and notes to standard error. Exit codes: 0 done; 1 the result does
-not pass its checks; 2 the request cannot be met; 3 bad input; 4 the output cannot be written; 130 interrupted.
+not pass its checks; 2 the request cannot be met; 3 bad input; 4 the output cannot be written; 75 stopped, and the same
+command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -133,14 +134,16 @@ class _ProgressBars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._bars = stack.enter_context(Progress(*columns, console=_console(stderr=True), transient=True))
+        console = _console(stderr=True)
+        self._bars = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
         self._task = self._bars.add_task("", total=None)
-        self._total = -1
+        self._done, self._total = 0, -1
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if total != self._total:  # a new phase starts its own clock
+        if total != self._total or done < self._done:  # a new phase, maybe of as many steps, starts its own clock
             self._bars.remove_task(self._task)
-            self._task, self._total = self._bars.add_task(phase, total=total), total
+            self._task = self._bars.add_task(phase, total=total)
+        self._done, self._total = done, total
         self._bars.update(self._task, description=phase, completed=done)
 
 
@@ -234,6 +237,8 @@ def imatrix(
     ctx_size: ContextOption = 512,
     samples: SamplesOption = 512,
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect the output head's input too.")] = False,
+    gram: Annotated[bool, typer.Option("--gram", help="Write Gram matrices beside the imatrix too, for error feedback.")] = False,
+    gradient: Annotated[bool, typer.Option("--gradient", help="With --gram: those weighted by gradients too. A checkpoint folder only.")] = False,
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
     in_file: Annotated[list[Path] | None, typer.Option("--in-file", help="An imatrix whose sums are added; may be given several times.")] = None,
@@ -253,8 +258,20 @@ def imatrix(
     from loopgguf.errors import UsageError
     from loopgguf.workflow import ImatrixRequest, Settings, compute_imatrix, merge_imatrices
 
-    request = ImatrixRequest(tuple(file or ()), ctx_size, samples, process_output, parse_special, seed, tuple(in_file or ()))
-    request = replace(request, output_format=output_format.value if output_format else None, resume=resume, job_folder=job_folder)
+    request = ImatrixRequest(
+        files=tuple(file or ()),
+        ctx_size=ctx_size,
+        n_samples=samples,
+        process_output=process_output,
+        parse_special=parse_special,
+        seed=seed,
+        gram=gram or gradient,
+        gradient=gradient,
+        in_files=tuple(in_file or ()),
+        output_format=output_format.value if output_format else None,
+        resume=resume,
+        job_folder=job_folder,
+    )
     if model is None:
         if not in_file:
             raise UsageError("nothing to do: got neither a MODEL nor --in-file, expected one of them")

@@ -337,6 +337,7 @@ def measure_errors(
     *,
     source_fingerprint: str,
     n_layer: int,
+    is_tied: bool,
     gradients: Gradients | None = None,
     sampling: Sampling | None = None,
     n_threads: int,
@@ -344,15 +345,14 @@ def measure_errors(
 ) -> ErrorTable:
     """Return what every requested type does to every requested weight.
 
-    importances: of an imatrix, None for uniform columns. source_fingerprint: of the model, for the cache. n_layer: for
-    the prior of weights without gradients. The numbers do not depend on the number of threads. Raises InputError for
+    importances: of an imatrix, None for uniform columns. source_fingerprint: of the model, for the cache. n_layer,
+    is_tied (the head is the embeddings): for the prior of weights without gradients. The numbers do not depend on the number of threads. Raises InputError for
     NaN or infinite weights.
     """
     sampling = sampling or Sampling()
     for ggml_type in sorted({t for request in requests for t in request.types} - FLOAT_TYPES):
         ggml.initialize(ggml_type)
     rows: dict[str, ErrorRow] = {}
-    is_tied = all(request.tensor.name != HEAD for request in requests)
 
     def finish(pending: _Pending) -> None:
         tensor = pending.request.tensor

@@ -130,9 +130,7 @@ def written_lines(result: WriteResult) -> list[str]:
         )
     floored = {name: log.n_floored for name, log in result.logs.items() if log.n_floored}
     if floored:
-        lines.append(
-            f"sanitised: {sum(floored.values())} importances too small to use were raised, in {len(floored)} tensors ({', '.join(list(floored)[:3])}, …)"
-        )
+        lines.append(f"sanitised: {sum(floored.values())} importances too small to use were raised, in {len(floored)} tensors ({names_text(list(floored))})")
     if feedback := [log.feedback for log in result.logs.values() if log.feedback is not None]:
         lines.append(feedback_line(feedback))
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
@@ -199,7 +197,8 @@ class Inspection:
 def inspect_file(path: Path) -> Inspection:
     """Return what a file holds: a GGUF model (split or whole), or an imatrix in either form. Raises InputError."""
     if not path.is_file():
-        raise InputError(f"cannot read {path}: no such file. Give a GGUF or an imatrix file")
+        got = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "no such file"
+        raise InputError(f"cannot inspect {path}: got {got}, expected a GGUF or an imatrix file. Check the path")
     if not is_gguf(path):
         return Inspection((), load_imatrix(path))
     first = read_gguf(path)

@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 
 from loopgguf import __version__
-from loopgguf.accumulators import EMBEDDING
+from loopgguf.accumulators import EMBEDDING, split_holdout
 from loopgguf.activations import PassResult
 from loopgguf.calibration import Chunks, default_text, describe_shortage, load_chunks
 from loopgguf.chat import find_template
 from loopgguf.checkpoint import Job as SavedJob
 from loopgguf.checkpoint import cache_path, content_key
-from loopgguf.collection import Pass, run_checkpoint, run_gguf
+from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import (
     Layout,
     Metadata,
@@ -45,6 +45,7 @@ from loopgguf.errortable import Sampling, measure_errors
 from loopgguf.evaluation import Quality, measure_quality
 from loopgguf.feedback import Compensate, Feedback, collect_feedback, refuse_without_gradients
 from loopgguf.formats import GgmlType
+from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
 from loopgguf.llama import Model
 from loopgguf.pipeline import Job, Progress, TensorLog, WriteResult, execute
 from loopgguf.planfile import SavedPlan, check_plan, imatrix_digest, load_plan
@@ -115,6 +116,8 @@ class ImatrixRequest:
     process_output: bool = False
     parse_special: bool = False
     seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
+    gram: bool = False  # also write Gram matrices beside it
+    gradient: bool = False  # those of the gradients too; a checkpoint folder only
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
     resume: bool = True
@@ -195,18 +198,41 @@ def _calibration_notes(chunks: Chunks) -> list[str]:
 
 
 def _collect(
-    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, save: Callable[[Statistics], None]
+    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, output: Path, save: Callable[[Statistics], None]
 ) -> tuple[Statistics, PassResult]:
-    """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder."""
-    columns = ColumnSums(moments=True)
+    """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
+
+    Gram matrices, where asked for, are published beside `output` before.
+    """
+    columns = {"columns": ColumnSums(moments=True)}
     how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
-    run_engine = run_checkpoint if source.is_checkpoint else run_gguf
     with SavedJob(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
-        run = run_engine(source.path, chunks.tokens, {"columns": columns}, job, how)
-        statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
+        if request.gram:
+            run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)
+        else:
+            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, columns, job, how)
+        statistics = Statistics(columns["columns"].columns(), chunks.names, len(chunks.tokens), request.ctx_size)
         save(statistics)
         job.finish()
     return statistics, run
+
+
+def _run_grams(
+    source: Source, request: ImatrixRequest, chunks: Chunks, columns: Mapping[str, ColumnSums], job: SavedJob, how: Pass, output: Path, *, overwrite: bool
+) -> PassResult:
+    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
+    refuse_existing_grams(output, overwrite=overwrite)
+    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) > 1 and (t.name.startswith("blk.") or (request.gradient and t.name == EMBEDDING))}
+    check_disk(output.absolute().parent, stored_bytes(shapes, has_gradient=request.gradient))
+    _, holdout = split_holdout(chunks.n_chunks, request.seed)
+    grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
+    writer = GramWriter(job.shards, GramHeader(tuple(grams.holdout), request.seed, grams.label_seed, chunks.fingerprint))
+    if source.is_checkpoint:
+        run = run_checkpoint(source.path, chunks.tokens, columns, job, how, grams, writer)
+    else:
+        run = run_gguf_grams(source.path, chunks.tokens, columns, job, how, grams, writer, shapes)
+    writer.publish(output, overwrite=overwrite)
+    return run
 
 
 def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) -> dict[str, object]:
@@ -219,6 +245,9 @@ def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) ->
         "samples": chunks.n_chunks,
         "process-output": request.process_output,
         "engine": "torch" if source.is_checkpoint else "llama.cpp",
+        "gram": request.gram,
+        "gradient": request.gradient,
+        "seed": request.seed if request.gram else None,
     }
 
 
@@ -242,6 +271,8 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     refuse_existing(output, overwrite=settings.overwrite)
     parts = [load_imatrix(path) for path in request.in_files]
     source, notes = _open(model, settings)
+    if request.gradient:
+        refuse_without_gradients(source)
     _refuse_same_file(output, (*source.files, *request.in_files))
     chunks = _calibration_chunks(source, request, settings)
 
@@ -250,7 +281,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
-    statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), save)
+    statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), output, save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
     return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
@@ -296,7 +327,7 @@ def _made_importance(source: Source, request: ImatrixRequest, settings: Settings
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
     if cached.exists():
         return _Importance(load_imatrix(cached), name, (f"imatrix: taken from {cached}, made before from the same model and {text}",))
-    statistics, run = _collect(source, request, chunks, settings, cached.with_suffix(".job"), lambda made: save_imatrix(made, cached))
+    statistics, run = _collect(source, request, chunks, settings, cached.with_suffix(".job"), cached, lambda made: save_imatrix(made, cached))
     made = f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}"
     return _Importance(statistics, name, (made, *_calibration_notes(chunks)))
 
@@ -548,6 +579,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: _Importance |
         importance.statistics if importance is not None else None,
         source_fingerprint=source.fingerprint,
         n_layer=read_facts(source.metadata).n_layer,
+        is_tied=all(tensor.name != "output.weight" for tensor in source.tensors),
         gradients=_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None,
         sampling=Sampling(is_exact=request.exact_errors),
         n_threads=settings.n_threads,

@@ -71,7 +71,10 @@ def _short_text(tmp_path: Path, demo_model: Path) -> Path:
 
 def test_help_is_instant_and_complete() -> None:
     """A heavy import at the top of a module that the command line touches: numpy, torch, transformers, llama_cpp."""
-    code = "import sys\nfrom loopgguf import cli\ntry:\n cli.main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch','transformers','numpy','llama_cpp') if m in sys.modules])"
+    code = (
+        "import sys\nfrom loopgguf import cli\ntry:\n cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch','transformers','numpy','llama_cpp') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout.rstrip().endswith("[]")
     for command in ("imatrix", "quantize", "convert", "evaluate", "inspect", "profiles"):

@@ -58,7 +58,9 @@ class Backward:
 def measure(
     tensor: Tensor, types: tuple[GgmlType, ...] = FAST, imatrix: Imatrix | None = None, backward: Backward | None = None, **sampling: object
 ) -> errortable.ErrorRow:
-    table = measure_errors([Request(tensor, types)], imatrix, source_fingerprint="f", n_layer=4, gradients=backward, sampling=Sampling(**sampling), n_threads=2)
+    table = measure_errors(
+        [Request(tensor, types)], imatrix, source_fingerprint="f", n_layer=4, is_tied=True, gradients=backward, sampling=Sampling(**sampling), n_threads=2
+    )
     return table.rows[tensor.name]
 
 
@@ -161,3 +163,29 @@ def test_kept_numbers_are_used_completed_and_remade_when_damaged(cache: Path, mo
     for path in (cache / "loopgguf" / "errors").iterdir():
         path.write_text('{"Q4_0": [1]}', encoding="utf-8")
     assert measure(tensor) == first and calls[5:] == list(FAST)
+
+
+def test_priors_tell_the_kinds_apart() -> None:
+    """Would catch a tied head charged as a mere lookup, an expert as something unknown, or a layer of a deep model as one of a shallow."""
+    tied, untied = (prior_nats("token_embd.weight", 30, is_tied=is_tied) for is_tied in (True, False))
+    assert tied == untied + prior_nats("output.weight", 30, is_tied=False)
+    assert prior_nats("blk.5.ffn_down_exps.weight", 30, is_tied=True) == prior_nats("blk.5.ffn_down.weight", 30, is_tied=True)
+    assert prior_nats("blk.5.attn_v.weight", 60, is_tied=True) == prior_nats("blk.5.attn_v.weight", 30, is_tied=True) / 2
+    assert (
+        prior_nats("blk.29.ffn_up.weight", 30, is_tied=True)
+        > prior_nats("blk.1.ffn_up.weight", 30, is_tied=True)
+        > prior_nats("blk.9.ffn_up.weight", 30, is_tied=True)
+    )
+
+
+@pytest.mark.parametrize(("is_tied", "basis"), [(True, Basis.PRIOR), (False, Basis.GRADIENTS)])
+def test_a_tied_embedding_is_charged_for_the_head_too(is_tied: bool, basis: Basis) -> None:
+    """Would catch the largest error of a small model estimated from the gradients at the lookup alone."""
+    found = Sensitivity(np.full((1, 20), 0.05, np.float32), np.ones((1, 64), np.float32))
+    tensor = make_tensor(weights(20, 64), "token_embd.weight")
+    table = measure_errors([Request(tensor, (T.Q4_0,))], None, source_fingerprint="f", n_layer=4, is_tied=is_tied, gradients=Backward(found), n_threads=1)
+    row = table.rows[tensor.name]
+    damage = row.damage(T.Q4_0)
+    assert damage is not None and row.basis is basis
+    head = prior_nats("output.weight", 4, is_tied=is_tied) * damage.relative_error if is_tied else 0.0
+    assert damage.estimated_error == pytest.approx(0.5 * 0.05 * damage.squared_error + head, rel=1e-5)

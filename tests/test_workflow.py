@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from upstream import differing
 
 from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
-from loopgguf.errors import QualityError
+from loopgguf.errors import QualityError, UsageError
+from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
+from loopgguf.grams import load_grams
 from loopgguf.planner import TypeRules
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
@@ -129,3 +133,34 @@ def test_imatrix_of_folder_and_gguf_agree(demo_model: Path, demo_gguf: Path) -> 
         a, b = ours.importance(name), theirs.importance(name)
         assert a is not None and b is not None
         assert abs(a / b - 1).mean() < 0.01, name
+
+
+def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path) -> None:
+    """Matrices of other tokens than the imatrix beside them: the diagonal of H must be its mean squares."""
+    request = ImatrixRequest(n_samples=4, ctx_size=128, gradient=True, gram=True)
+    for model, wanted in ((demo_model, request), (demo_gguf, replace(request, gradient=False))):
+        made = compute_imatrix(model, Path(f"{model.name}.imatrix.gguf"), wanted)
+        grams = load_grams(made.path)
+        key = ("blk.2.ffn_norm", None)
+        total = grams.train.inputs[key].total + grams.holdout.inputs[key].total
+        sums = made.statistics.columns["blk.2.ffn_up.weight"].sum_squares[0]
+        assert np.allclose(np.diag(total), sums, rtol=1e-3)
+        assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
+
+
+def test_error_feedback_lowers_the_kld(demo_model: Path) -> None:
+    """Feedback that is collected, chosen, and then never reaches the file; or is of another tensor."""
+    calibration = ImatrixRequest(n_samples=16, ctx_size=256)
+    plain = QuantizeRequest(quant_type="Q4_0", calibration=calibration)
+    a = quantize(demo_model, Path("a.gguf"), plain)
+    b = quantize(demo_model, Path("b.gguf"), replace(plain, compensate=Compensate.FAST))
+    assert abs(a.total_bytes - b.total_bytes) <= 64  # the header says that it was compensated
+    assert sum(log.feedback is not None and log.feedback.way != "plain" for log in b.logs.values()) > 20
+    kld = [evaluate(path, demo_model, n_chunks=4, ctx_size=256).quality.mean_kld_nats.value for path in (*a.paths, *b.paths)]
+    assert kld[1] < 0.8 * kld[0]
+
+
+def test_error_feedback_needs_gradients(demo_gguf: Path) -> None:
+    """An option that is ignored for one kind of source."""
+    with pytest.raises(UsageError, match="--compensate"):
+        quantize(demo_gguf, Path("x.gguf"), QuantizeRequest(quant_type="Q4_0", compensate=Compensate.FAST))

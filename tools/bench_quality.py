@@ -11,7 +11,7 @@ figure. (Importances of zero are raised a little first, as in every file that lo
 
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
-plans a file of exactly B's size and compares the two. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
+plans a file no larger than B's and compares the two. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def main() -> int:
     models.add_options(parser)
     parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
-    parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, at whose exact sizes files are planned and compared with them")
+    parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, for whose sizes files are planned and compared with them")
     parser.add_argument("--compensate", type=Compensate, default=Compensate.OFF, help="error feedback in all but the presets' files (default off)")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")

@@ -26,7 +26,7 @@ def run(*command: str | Path, **options: object) -> None:
 
 def ensure_environment() -> None:
     """Make `.venv` and install the project with its development tools, unless this was done for the same pins."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script is what tells users of an older Python
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     wanted = hashlib.sha256(CONSTRAINTS.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
     if _STAMP.exists() and _STAMP.read_text(encoding="utf-8") == wanted:
