@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-__all__ = ["ImatrixRequest", "QuantizeRequest", "Settings", "compute_imatrix", "convert", "evaluate", "quantize"]
+from loopgguf.version import __version__
+
+__all__ = ["ImatrixRequest", "QuantizeRequest", "Settings", "__version__", "compute_imatrix", "convert", "evaluate", "quantize"]
 
 if TYPE_CHECKING:
     from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize

@@ -62,6 +62,14 @@ class GradientListener(Protocol):
 
 
 @runtime_checkable
+class HeadListener(Protocol):
+    """Wants the head, from the torch engine's backward pass, slab by slab of the vocabulary: X (n_tokens, n_embd) its inputs
+    and P (n_tokens, rows) the probabilities of the tokens from `start` on, of `n_vocab`. Slabs come in order for each chunk."""
+
+    def add_probabilities(self, start: int, n_vocab: int, X: Any, P: Any) -> None: ...
+
+
+@runtime_checkable
 class ChunkListener(Protocol):
     """Wants to know which chunk follows: its number, and the positions at which its documents start, 0 first."""
 
@@ -128,6 +136,7 @@ class Audience:
         self.wants_outputs = any(isinstance(a, OutputListener) for a in both)
         self.wants_attention = any(isinstance(a, AttentionListener) for a in both)
         self.wants_gradients = any(isinstance(a, GradientListener) for a in both)
+        self.wants_head = any(isinstance(a, HeadListener) for a in both)
         self._active: list[Accumulator] = []
         self.begin_chunk(0)
 
@@ -166,6 +175,11 @@ class Audience:
         for accumulator in self._active:
             if isinstance(accumulator, GradientListener):
                 accumulator.add_gradient(name, X, G)
+
+    def add_probabilities(self, start: int, n_vocab: int, X: Any, P: Any) -> None:
+        for accumulator in self._active:
+            if isinstance(accumulator, HeadListener):
+                accumulator.add_probabilities(start, n_vocab, X, P)
 
 
 def to_numpy(values: Any) -> NDArray[Any]:
@@ -663,7 +677,7 @@ def summarize_layer(layer: int, grams: GramSet, attention: FloatArray | None = N
 
 
 def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return float(part / whole) if whole else 0.0
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

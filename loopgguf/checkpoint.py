@@ -30,6 +30,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,8 +75,21 @@ def content_key(*parts: object) -> str:
 def cache_path(kind: str, key: str, suffix: str) -> Path:
     """Return where the entry of this kind and key lies, or would lie; makes its folder."""
     folder = cache_folder() / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
     return folder / f"{key}{suffix}"
+
+
+def write_cached(path: Path, content: bytes) -> None:
+    """Write a small cache entry at once: whole, or not at all. Raises OutputError when it cannot be written."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as stream:
+            stream.write(content)
+        Path(stream.name).replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write the cache entry {path}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 # --- files --------------------------------------------------------------------------------------------------------------

@@ -7,19 +7,22 @@ command goes on; 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopgguf import __version__
 from loopgguf.errors import LoopggufError
+from loopgguf.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from loopgguf.pipeline import WriteResult
     from loopgguf.planner import TypeRules
     from loopgguf.workflow import QuantizeRequest, Settings
+
+EXIT_TERMINATED = 143
 
 app = typer.Typer(
     name="loopgguf",
@@ -149,7 +154,7 @@ class _ProgressBars:
 
 def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False, max_buffer: str = "", pre_tokenizer: str | None = None) -> Settings:
     from loopgguf.formats import parse_size
-    from loopgguf.workflow import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
+    from loopgguf.opening import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
 
     return Settings(
         n_threads=threads or default_threads(),
@@ -157,6 +162,7 @@ def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False,
         overwrite=overwrite,
         pre_tokenizer=pre_tokenizer,
         progress=_ProgressBars(stack),
+        announce=lambda line: _print_notes((line,)),
     )
 
 
@@ -532,8 +538,17 @@ class _State:
     debug = False
 
 
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    """End as after an interrupt, so that nothing is left behind; a job that can be resumed has its own way."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; a failure of the user's input is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a sign must not end a finished job
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(arguments)
     except LoopggufError as error:

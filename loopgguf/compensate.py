@@ -72,6 +72,8 @@ def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None) -> Encode:
     """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]."""
 
     def encode(rows: FloatArray, first: int) -> tuple[ggml.ByteArray, FloatArray]:
+        if not ggml.rows_are_encodable(rows):  # ggml would abort the process; a runaway is no encoding worth having
+            rows = np.clip(np.nan_to_num(rows), -ggml.MAX_WEIGHT, ggml.MAX_WEIGHT)
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
         packed = ggml.encode_rows(ggml_type, np.ascontiguousarray(rows), weights)
         return packed, ggml.decode_rows(ggml_type, packed)
@@ -155,8 +157,8 @@ class LossCurvature:
     def objective(self) -> Matrix:
         """Return what feedback along the rows minimises: H_w and H in equal parts, each of mean diagonal 1; H alone
         without gradients. H alone buys precision on ordinary tokens with errors at the ones that all others attend to."""
-        parts = [M / np.diag(M).mean() for M in (self.H, self.H_w) if M is not None]
-        return np.asarray(sum(parts) / len(parts))
+        parts = [M / np.diag(M).mean() for M in (self.H, self.H_w) if M is not None and np.diag(M).mean() > 0]
+        return np.asarray(sum(parts) / len(parts)) if parts else np.eye(len(self.H))
 
     def estimate(self, E: FloatArray) -> float:
         """Return what an encoding's error E (n_out, n_in) costs on held-out tokens: tr(H_O E H Eᵀ), or Σ_i r_i e_iᵀ H e_i
@@ -172,10 +174,11 @@ class Encoding:
 
     packed: ggml.ByteArray
     damping: Damping | None  # None: the plain encoder's bytes, for feedback did not do better
-    feedback: str  # "plain", "columns", or "columns and rows"
+    way: str  # `PLAIN`, "columns", or "columns and rows"
     held_out_ratio: float
 
 
+PLAIN = "plain"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
 FAST = (Damping(0.1),)
 FULL = (Damping(0.01), Damping(0.05), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True))
@@ -192,17 +195,19 @@ def encode_guarded(
     tried on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
     """
     plain = ggml.encode_rows(ggml_type, W, importance)
-    best = Encoding(plain, None, "plain", 1.0)
+    best = Encoding(plain, None, PLAIN, 1.0)
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain) - W)
+    if not plain_error > 0:  # exact already, or held-out tokens that say nothing
+        return best
     objective = curvature.objective()
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
     H = damped(objective, damping)
-    for label, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
-        if label == "columns" or H_O is not None:
+    for way, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
+        if way == "columns" or H_O is not None:
             packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
-            ratio = curvature.estimate(decoded - W) / max(plain_error, 1e-300)
-            best = Encoding(packed, damping, label, ratio) if ratio < best.held_out_ratio else best
+            ratio = curvature.estimate(decoded - W) / plain_error
+            best = Encoding(packed, damping, way, ratio) if ratio < best.held_out_ratio else best
     return best
 
 

@@ -23,7 +23,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -38,7 +38,7 @@ from loopgguf.checkpoint import cache_path, content_key
 from loopgguf.errors import InputError
 from loopgguf.formats import FLOAT_TYPES, FORMATS, QUANTIZED_TYPES, GgmlType, fits_row
 from loopgguf.presets import requires_imatrix
-from loopgguf.sensitivity import Sensitivity
+from loopgguf.sensitivity import HEAD, Sensitivity
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
 
@@ -48,18 +48,17 @@ Progress = Callable[[str, int, int], None]
 FloatArray = NDArray[np.float32]
 
 # mainline runs these too, but without training for them they lose to others of their size, or are for special hardware
-HEAD = "output.weight"
 SPECIAL_TYPES = frozenset({GgmlType.TQ1_0, GgmlType.TQ2_0, GgmlType.MXFP4, GgmlType.NVFP4, GgmlType.Q1_0, GgmlType.Q2_0})
 DEFAULT_TYPES = tuple(sorted(QUANTIZED_TYPES - SPECIAL_TYPES | {GgmlType.F16, GgmlType.BF16}))
 _SLAB_WEIGHTS = 1 << 18  # a job encodes so many weights as every type in turn: tenths of a second to seconds
 # Priors for weights without gradients, KLD in nats per relative squared error: medians by kind over 112 replacements of
-# single tensors in SmolLM2-135M (30 layers; a layer of a model of n layers counts 30/n). The first two layers and the
+# single tensors in SmolLM2-135M (30 layers; a layer of a model of n layers counts √(30/n), which fits the demo model's six). The first two layers and the
 # last stick out in every model seen so far, but for q, k and v. The head works on the logits themselves.
 _PRIORS = {"attn_q": 0.03, "attn_k": 0.045, "attn_v": 0.08, "attn_qkv": 0.05, "attn_output": 0.045, "ffn_gate": 0.13, "ffn_up": 0.12, "ffn_down": 0.17}
 _STICKING_OUT = frozenset({"attn_output", "ffn_gate", "ffn_up", "ffn_down"})
 _FIRST_LAYERS, _LAST_LAYER = 3.0, 4.0
 _PRIOR_OTHER, _PRIOR_HEAD, _PRIOR_EMBEDDING = 0.1, 8.0, 1.0
-_VERSION = 1  # of the numbers in the cache: raise it when their meaning changes
+_VERSION = 2  # of the numbers in the cache: raise it when their meaning changes
 
 
 # --- what is known about the loss -------------------------------------------------------------------------------------
@@ -178,7 +177,8 @@ class _Weighing:
     """What the errors of a weight's rows are multiplied by."""
 
     importance: FloatArray | None  # (n_matrices, n_in), sanitized; None: all columns alike
-    sensitivity: Sensitivity | None
+    sensitivities: tuple[Sensitivity, ...]  # of tied embeddings two: the lookup's and the head's
+    gradients: str  # the fingerprint of the pass that told them, or ''
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _measure_slab(request: Request, weighing: _Weighing, matrix: int, rows: NDAr
         errors = _errors(ggml_type, weights, importance) if is_encodable or ggml_type in FLOAT_TYPES else None
         squared.append(None if errors is None else float((np.square(errors).astype(np.float64) @ column_weights).sum()))
         within = rows - matrix * (tensor.n_rows // tensor.n_matrices)
-        nats.append(0.0 if errors is None or weighing.sensitivity is None else _weigh(weighing.sensitivity, errors, matrix, within))
+        nats.append(0.0 if errors is None else sum(_weigh(s, errors, matrix, within) for s in weighing.sensitivities))
     return _Sums(float((np.square(weights).astype(np.float64) @ column_weights).sum()), tuple(squared), tuple(nats))
 
 
@@ -250,7 +250,7 @@ def prior_nats(name: str, n_layer: int, *, is_tied: bool) -> float:
     if name == HEAD:
         return _PRIOR_HEAD
     edge = _FIRST_LAYERS if role.layer in (0, 1) else _LAST_LAYER if role.layer == n_layer - 1 else 1.0
-    return _PRIORS.get(kind, _PRIOR_OTHER) * (edge if kind in _STICKING_OUT else 1.0) * 30 / n_layer
+    return _PRIORS.get(kind, _PRIOR_OTHER) * (edge if kind in _STICKING_OUT else 1.0) * math.sqrt(30 / n_layer)
 
 
 _Numbers = tuple[float, float, float]  # squared, relative, nats of a type; the last is 0 without gradients
@@ -290,10 +290,20 @@ def _digest(*arrays: FloatArray | None) -> str:
     return digest.hexdigest()
 
 
-def _cache_entry(source_fingerprint: str, tensor: Tensor, weighing: _Weighing, sampling: Sampling, gradients: str) -> Path:
+def _cache_entry(source_fingerprint: str, tensor: Tensor, weighing: _Weighing, sampling: Sampling) -> Path:
     """Return where the numbers of a weight lie: everything that they depend on but the type, which is inside."""
     sample = "exact" if sampling.is_exact else (sampling.share, sampling.min_rows, sampling.seed)
-    key = content_key(_VERSION, ggml.library_version(), source_fingerprint, tensor.name, tensor.shape, _digest(weighing.importance), sample, gradients)
+    key = content_key(
+        _VERSION,
+        ggml.library_version(),
+        source_fingerprint,
+        tensor.name,
+        tensor.shape,
+        _digest(weighing.importance),
+        sample,
+        weighing.gradients,
+        len(weighing.sensitivities),
+    )
     return cache_path("errors", key, ".json")
 
 
@@ -360,9 +370,10 @@ def measure_errors(
         if pending.futures:
             numbers |= _add_up(pending.request, pending.chosen, [future.result() for future in pending.futures])
             _save(pending.path, numbers)
-        prior = 0.0 if pending.weighing.sensitivity is not None else prior_nats(tensor.name, n_layer, is_tied=is_tied)
-        if pending.weighing.sensitivity is not None and is_tied and tensor.name == EMBEDDING:
-            prior = prior_nats(HEAD, n_layer, is_tied=is_tied)  # gradients at a lookup say nothing of the head
+        n_missing = (2 if is_tied and tensor.name == EMBEDDING else 1) - len(pending.weighing.sensitivities)
+        prior = 0.0 if n_missing == 0 else prior_nats(tensor.name, n_layer, is_tied=is_tied)
+        if n_missing and pending.weighing.sensitivities:  # gradients at a lookup say nothing of the head
+            prior = prior_nats(HEAD, n_layer, is_tied=is_tied)
         rows[tensor.name] = _row(tensor, pending.types, numbers, sum(map(len, pending.chosen)), prior)
         if progress is not None:
             progress("measure errors", len(rows), len(requests))
@@ -371,7 +382,7 @@ def measure_errors(
     with ThreadPoolExecutor(n_threads) as pool:
         try:
             for request in requests:
-                waiting.append(_start(pool, request, importances, gradients, sampling, source_fingerprint))
+                waiting.append(_start(pool, request, _weighing(request.tensor, importances, gradients, is_tied=is_tied), sampling, source_fingerprint))
                 while sum(len(pending.futures) for pending in waiting) > 4 * n_threads and len(waiting) > 1:
                     finish(waiting.popleft())
             while waiting:
@@ -381,19 +392,37 @@ def measure_errors(
     return ErrorTable(rows)
 
 
-def _start(
-    pool: ThreadPoolExecutor, request: Request, importances: Importances | None, gradients: Gradients | None, sampling: Sampling, source_fingerprint: str
-) -> _Pending:
-    """Look up what is known of a weight and set off what is not."""
-    tensor = request.tensor
+def _weighing(tensor: Tensor, importances: Importances | None, gradients: Gradients | None, *, is_tied: bool) -> _Weighing:
+    """Return what is known about what an error in this weight costs."""
     importance = importances.importance(tensor.name) if importances is not None else None
     if importance is not None:
         importance, _ = sanitize_importance(importance)
-    weighing = _Weighing(importance, gradients.sensitivity(tensor.name) if gradients is not None else None)
-    name = gradients.fingerprint if gradients is not None and weighing.sensitivity is not None else ""
-    path = _cache_entry(source_fingerprint, tensor, weighing, sampling, name)
+    if gradients is None:
+        return _Weighing(importance, (), "")
+    names = (EMBEDDING, HEAD) if is_tied and tensor.name == EMBEDDING else (tensor.name,)
+    found = tuple(s for s in map(gradients.sensitivity, names) if s is not None)
+    return _Weighing(importance, found, gradients.fingerprint if found else "")
+
+
+def _balanced(sensitivity: Sensitivity, chosen: Sequence[NDArray[np.int64]]) -> Sensitivity:
+    """Return the sensitivity with the chosen rows' weights scaled to the mean of all rows of their matrix.
+
+    Few rows of a head (frequent tokens) have most of the weight: how many of them a sample happens to hold must not matter.
+    """
+    rows = sensitivity.row_weights.astype(np.float64)
+    n_rows = rows.shape[1]
+    means = np.array([rows[matrix, numbers - matrix * n_rows].mean() for matrix, numbers in enumerate(chosen)])
+    factors = np.where(means > 0, rows.mean(axis=1) / np.where(means > 0, means, 1.0), 1.0)
+    return replace(sensitivity, row_weights=(rows * factors[:, None]).astype(np.float32))
+
+
+def _start(pool: ThreadPoolExecutor, request: Request, weighing: _Weighing, sampling: Sampling, source_fingerprint: str) -> _Pending:
+    """Look up what is known of a weight and set off what is not."""
+    tensor = request.tensor
+    path = _cache_entry(source_fingerprint, tensor, weighing, sampling)
     known = _load(path)
     missing = Request(tensor, tuple(t for t in request.types if t not in known and t is not tensor.type))
     chosen = sampling.choose(tensor)
+    weighing = replace(weighing, sensitivities=tuple(_balanced(s, chosen) for s in weighing.sensitivities))
     futures = [pool.submit(_measure_slab, missing, weighing, matrix, rows) for matrix, rows in _slabs(chosen, tensor.n_in)] if missing.types else []
     return _Pending(missing, request.types, known, chosen, weighing, futures, path)

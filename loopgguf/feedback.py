@@ -8,13 +8,14 @@ token embeddings, whose input is one-hot, by G0, the covariance of the gradient 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, GramSet, GramStatistics, GramSums, HoldoutSplit, PassResult, split_holdout
+from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, split_holdout
 from loopgguf.architectures import input_group
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Damping, LossCurvature, Matrix
@@ -49,13 +50,13 @@ class Feedback:
     dampings: tuple[Damping, ...]
     run: PassResult
 
-    def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[], LossCurvature | None] | None:
+    def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[], LossCurvature] | None:
         """Return what gives the curvature of a tensor that may be encoded with feedback; None for the plain encoder.
 
         A tied embedding is the head too, which G0 says nothing of, and a stack of experts has no matrices yet.
         """
         is_encoded = row.uses_imatrix or (row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES)
-        if not is_encoded or len(row.shape) != 2:
+        if not is_encoded or len(row.shape) != 2 or not _is_known(self.grams, row.name):
             return None
         return lambda: loss_curvature(self.grams, row.name)
 
@@ -66,12 +67,23 @@ def refuse_without_gradients(source: Source) -> None:
         raise UsageError("--compensate needs gradients, which only a checkpoint folder gives: give the folder instead of the GGUF, or --compensate off")
 
 
+def _refuse_too_large(n_bytes: int) -> None:
+    """Raise UsageError when the Gram matrices, which are all kept in memory, do not fit in three quarters of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > 0.75 * total:
+        raise UsageError(
+            f"--compensate keeps {n_bytes:,} bytes of matrices in memory for this model, the machine has {total:,}: use a larger one, or leave it out"
+        )
+
+
 def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, n_threads: int, progress: Progress | None = None) -> Feedback:
     """Run the calibration chunks through a checkpoint and back, and keep its Gram matrices in memory.
 
     Raises UsageError for a GGUF source; else as `layerwise.collect_gradients`.
     """
     refuse_without_gradients(source)
+    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) > 1 and (t.name.startswith("blk.") or t.name == EMBEDDING)}
+    _refuse_too_large(2 * gram_bytes(shapes, has_gradient=True))
     _, holdout = split_holdout(chunks.n_chunks, SEED)
     train, held_out = GramSums(), GramSums()
     split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
@@ -80,33 +92,29 @@ def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, 
     return Feedback(grams, _DAMPINGS[compensate], run)
 
 
-def _mean(grams: GramSet, what: str, key: object) -> Matrix | None:
-    gram = getattr(grams, what).get(key)
-    return None if gram is None or gram.n_tokens == 0 else gram.mean.astype(np.float64)
+def _is_known(grams: GramStatistics, name: str) -> bool:
+    """Tell whether enough tokens were seen of a weight, in both sets; of a head or of experts none are."""
+    what, key = ("outputs", name) if name == EMBEDDING else ("inputs", (input_group(name) or name, None))
+    gram, held_out = getattr(grams.train, what).get(key), getattr(grams.holdout, what).get(key)
+    return gram is not None and held_out is not None and held_out.n_tokens > 0 and gram.n_tokens >= MIN_TOKENS_PER_COLUMN * len(gram.total)
 
 
-def loss_curvature(grams: GramStatistics, name: str) -> LossCurvature | None:
-    """Return what an error in weight `name` costs; None where too little was seen of it, or nothing (a head, experts)."""
+def loss_curvature(grams: GramStatistics, name: str) -> LossCurvature:
+    """Return what an error in a known weight costs."""
+    train, holdout = grams.train, grams.holdout
     if name == EMBEDDING:
-        return _embedding_curvature(grams)
-    key = (input_group(name) or name, None)
-    H, H_w = _mean(grams.train, "inputs", key), _mean(grams.train, "weighted", name)
-    held_out = _mean(grams.holdout, "weighted", name)
-    if H is None or H_w is None or held_out is None or grams.train.inputs[key].n_tokens < MIN_TOKENS_PER_COLUMN * len(H):
-        return None
-    r = grams.train.curvature[name].mean.astype(np.float64)
+        return LossCurvature(H=_mean(train.outputs[name]), held_out=_mean(holdout.outputs[name]))
+    r = train.curvature[name].mean.astype(np.float64)
+    has_rows = name in train.outputs
     return LossCurvature(
-        H=H,
-        held_out=held_out,
-        H_w=H_w,
-        H_O=_mean(grams.train, "outputs", name),
-        held_out_O=_mean(grams.holdout, "outputs", name),
+        H=_mean(train.inputs[input_group(name) or name, None]),
+        held_out=_mean(holdout.weighted[name]),
+        H_w=_mean(train.weighted[name]),
+        H_O=_mean(train.outputs[name]) if has_rows else None,
+        held_out_O=_mean(holdout.outputs[name]) if has_rows else None,
         row_curvature=r / max(float(r.mean()), 1e-30),
     )
 
 
-def _embedding_curvature(grams: GramStatistics) -> LossCurvature | None:
-    G0, held_out = _mean(grams.train, "outputs", EMBEDDING), _mean(grams.holdout, "outputs", EMBEDDING)
-    if G0 is None or held_out is None or grams.train.outputs[EMBEDDING].n_tokens < MIN_TOKENS_PER_COLUMN * len(G0):
-        return None
-    return LossCurvature(H=G0, held_out=held_out)
+def _mean(gram: Gram) -> Matrix:
+    return gram.mean.astype(np.float64)

@@ -50,6 +50,7 @@ FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
 Progress = Callable[[str, int, int], None]
 OnLayer = Callable[[int], None]
+OnProbabilities = Callable[["torch.Tensor"], None]
 
 PHASE = "running calibration text"
 HEAD = "output.weight"
@@ -555,11 +556,16 @@ class _Labels:
         self.left = torch.from_numpy(np.stack(draws)).to(device)  # the part of the draw that the slabs so far have not used up
         self.is_open = torch.ones(self.left.shape, dtype=torch.bool, device=device)
 
-    def gradient(self, c: int, logits: torch.Tensor, rows: torch.Tensor, *, is_last: bool) -> torch.Tensor:
-        """Return what a slab adds to the gradient at the head's input: softmax · rows, less the row of a label that lies in it."""
+    def gradient(self, c: int, logits: torch.Tensor, rows: torch.Tensor, *, is_last: bool, tell: OnProbabilities | None = None) -> torch.Tensor:
+        """Return what a slab adds to the gradient at the head's input: softmax · rows, less the row of a label that lies in it.
+
+        tell: is shown the slab's probabilities, (n_tokens, rows) float64.
+        """
         import torch
 
         p = torch.exp(logits.to(torch.float64) - self.scores.log_total[c][:, None])
+        if tell is not None:
+            tell(p)
         total = p.sum(dim=1)
         here = self.is_open[c] & ((self.left[c] < total) | is_last)
         token = torch.nonzero(here)[:, 0]
@@ -674,6 +680,12 @@ class _GradientPass(_Pass):
         assert before.grad is not None
         return before.grad
 
+    def head_listener(self, start: int, X: torch.Tensor) -> OnProbabilities | None:
+        """Return what shows the audience a slab of the head's probabilities; None where nobody wants it."""
+        if not self.audience.wants_head:
+            return None
+        return lambda P: self.audience.add_probabilities(start, self.model.sizes.n_vocab, X, P)
+
     def through_norm(self, norm: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         import torch
 
@@ -709,7 +721,7 @@ class _GradientPass(_Pass):
                         scores.add(0, start, normed @ rows.T)
                     labels, total = _Labels(scores, [self.numbers[c]], self.label_seed, self.model.device), None
                     for start, rows in slabs:
-                        part = labels.gradient(0, normed @ rows.T, rows, is_last=start == slabs[-1][0])
+                        part = labels.gradient(0, normed @ rows.T, rows, is_last=start == slabs[-1][0], tell=self.head_listener(start, normed))
                         total = part if total is None else total.add_(part)
                     assert total is not None
                     return self.through_norm(norm, after, total)
@@ -792,7 +804,10 @@ class _GradientPass(_Pass):
         for start, rows in self.model.head_slabs():
             is_last = start + len(rows) == self.model.sizes.n_vocab
             for c in range(len(self.chunks)):
-                part = labels.gradient(c, normed(c) @ rows.T, rows, is_last=is_last)
+                X = normed(c)
+                if self.audience.wants_head:
+                    self.begin(c)
+                part = labels.gradient(c, X @ rows.T, rows, is_last=is_last, tell=self.head_listener(start, X))
                 gradients.write(c, part if start == 0 else part.add_(gradients.read(c).to(self.model.device)))
                 self.step()
         for c in range(len(self.chunks)):

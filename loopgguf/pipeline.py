@@ -87,7 +87,7 @@ class Job:
     row: PlanRow
     part: PartFile
     info: TensorInfo
-    curvature: Callable[[], LossCurvature | None] | None = None
+    curvature: Callable[[], LossCurvature] | None = None
     dampings: tuple[Damping, ...] = FAST
 
 
@@ -145,11 +145,10 @@ def _read_float32(slab: _Slab, raw: ggml.ByteArray) -> ggml.FloatArray:
 def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, FeedbackLog | None]:
     """Return the rows packed as planned, by the plain encoder or by the better of it and error feedback."""
     job, target = slab.job, slab.job.row.type
-    curvature = job.curvature() if job.curvature is not None else None
-    if curvature is None:
+    if job.curvature is None:
         return ggml.encode_rows(target, rows, slab.importance), None
-    encoding = encode_guarded(rows, target, slab.importance, curvature, job.dampings)
-    return encoding.packed, FeedbackLog(encoding.feedback, encoding.held_out_ratio, encoding.damping)
+    encoding = encode_guarded(rows, target, slab.importance, job.curvature(), job.dampings)
+    return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
 
 
 def _run(slab: _Slab) -> TensorLog:

@@ -132,9 +132,14 @@ def file_bpw(plan: Plan, metadata: Metadata) -> float:
     return 8 * file_bytes(plan, metadata) / max(plan.n_weights, 1)
 
 
+def label_of(file_type: int) -> str:
+    """Return the name of the preset that a value of `general.file_type` stands for."""
+    return next((preset.name for preset in PRESETS.values() if preset.file_type == file_type), "MIXED")
+
+
 def nearest_label(plan: Plan) -> str:
     """Return the name of the preset that `general.file_type` of the plan stands for."""
-    return next((preset.name for preset in PRESETS.values() if preset.file_type == plan.file_type), "MIXED")
+    return label_of(plan.file_type)
 
 
 def summarize_fallbacks(plan: Plan) -> str | None:

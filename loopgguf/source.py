@@ -97,9 +97,9 @@ class Tensor:
 class Source:
     """A model on disk: `metadata` as its GGUF has (or will have) it, tensors by layer then name, its origin.
 
-    files: those that hold the weights. fingerprint: of the names, sizes, times and headers of these, of the contents of
-    the small files beside them, and of the chosen pre-tokenizer; not of the weights. notes: one line per thing that is
-    left out or that llama.cpp will do otherwise.
+    files: those that hold the weights. side_files: the small ones that a checkpoint has beside them. fingerprint: of
+    the names, sizes, times and headers of the former, of the contents of the latter, and of the chosen pre-tokenizer; not
+    of the weights. notes: one line per thing that is left out or that llama.cpp will do otherwise.
     """
 
     path: Path
@@ -109,6 +109,7 @@ class Source:
     files: tuple[Path, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    side_files: tuple[Path, ...] = ()
 
 
 def open_source(path: Path, *, pre_tokenizer: str | None = None) -> Source:
@@ -201,7 +202,7 @@ def _fingerprint(shards: Iterable[tuple[Path, bytes]], side_files: Iterable[Path
         add(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
         add(header)
     for path in side_files:
-        add(path.name.encode())
+        add(os.fsencode(path.name))
         with path.open("rb") as stream:
             add(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -269,6 +270,7 @@ def _open_checkpoint(folder: Path, pre_tokenizer: str | None) -> Source:
         tensors=tuple(tensors),
         files=weights.files,
         fingerprint=_fingerprint(zip(weights.files, weights.headers, strict=True), _side_files(folder), "checkpoint", pre_tokenizer or ""),
+        side_files=tuple(_side_files(folder)),
         notes=(*find_limitations(config, hyperparameters), *vocabulary.notes, *card_notes),
     )
 

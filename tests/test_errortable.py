@@ -170,7 +170,7 @@ def test_priors_tell_the_kinds_apart() -> None:
     tied, untied = (prior_nats("token_embd.weight", 30, is_tied=is_tied) for is_tied in (True, False))
     assert tied == untied + prior_nats("output.weight", 30, is_tied=False)
     assert prior_nats("blk.5.ffn_down_exps.weight", 30, is_tied=True) == prior_nats("blk.5.ffn_down.weight", 30, is_tied=True)
-    assert prior_nats("blk.5.attn_v.weight", 60, is_tied=True) == prior_nats("blk.5.attn_v.weight", 30, is_tied=True) / 2
+    assert prior_nats("blk.5.attn_v.weight", 120, is_tied=True) == prior_nats("blk.5.attn_v.weight", 30, is_tied=True) / 2
     assert (
         prior_nats("blk.29.ffn_up.weight", 30, is_tied=True)
         > prior_nats("blk.1.ffn_up.weight", 30, is_tied=True)
@@ -182,10 +182,42 @@ def test_priors_tell_the_kinds_apart() -> None:
 def test_a_tied_embedding_is_charged_for_the_head_too(is_tied: bool, basis: Basis) -> None:
     """Would catch the largest error of a small model estimated from the gradients at the lookup alone."""
     found = Sensitivity(np.full((1, 20), 0.05, np.float32), np.ones((1, 64), np.float32))
+
+    class Lookup(Backward):
+        def sensitivity(self, name: str) -> Sensitivity | None:
+            return found if name == "token_embd.weight" else None
+
     tensor = make_tensor(weights(20, 64), "token_embd.weight")
-    table = measure_errors([Request(tensor, (T.Q4_0,))], None, source_fingerprint="f", n_layer=4, is_tied=is_tied, gradients=Backward(found), n_threads=1)
+    table = measure_errors([Request(tensor, (T.Q4_0,))], None, source_fingerprint="f", n_layer=4, is_tied=is_tied, gradients=Lookup(found), n_threads=1)
     row = table.rows[tensor.name]
     damage = row.damage(T.Q4_0)
     assert damage is not None and row.basis is basis
     head = prior_nats("output.weight", 4, is_tied=is_tied) * damage.relative_error if is_tied else 0.0
     assert damage.estimated_error == pytest.approx(0.5 * 0.05 * damage.squared_error + head, rel=1e-5)
+
+
+def test_a_tied_embedding_with_the_heads_gradients_needs_no_prior() -> None:
+    """Would catch one of the two uses of a tied embedding counted twice, or not at all."""
+    found = Sensitivity(np.full((1, 20), 0.05, np.float32), np.ones((1, 64), np.float32))
+
+    class Both(Backward):
+        def sensitivity(self, name: str) -> Sensitivity | None:
+            return found if name in ("token_embd.weight", "output.weight") else None
+
+    tensor = make_tensor(weights(20, 64), "token_embd.weight")
+    table = measure_errors([Request(tensor, (T.Q4_0,))], None, source_fingerprint="f", n_layer=4, is_tied=True, gradients=Both(found), n_threads=1)
+    row = table.rows[tensor.name]
+    assert row.basis is Basis.GRADIENTS
+    assert row.damages[0].estimated_error == pytest.approx(2 * 0.5 * 0.05 * row.damages[0].squared_error, rel=1e-5)
+
+
+def test_the_chance_of_rows_with_all_the_weight_is_taken_out() -> None:
+    """Would catch a head whose estimate depends on how many frequent tokens the sample holds: up to tenfold."""
+    r = np.full((1, 4000), 1e-3, np.float32)
+    r[0, :40] = 100
+    sensitivity = Sensitivity(r / r.mean(), np.ones((1, 64), np.float32))
+    tensor = make_tensor(weights(4000, 64))
+    exact = measure(tensor, (T.Q4_0,), backward=Backward(sensitivity), is_exact=True)
+    for seed in range(3):
+        sampled = measure(tensor, (T.Q4_0,), backward=Backward(sensitivity), seed=seed)
+        assert sampled.damage(T.Q4_0).estimated_error == pytest.approx(exact.damage(T.Q4_0).estimated_error, rel=0.5)

@@ -27,11 +27,13 @@ def demo_imatrix(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return compute_imatrix(demo_gguf, path, ImatrixRequest(n_samples=8)).path
 
 
-def _compare(source: Path, folder: Path, name: str, request: QuantizeRequest, imatrix: Path | None, **fields: object) -> None:
+def _compare(
+    source: Path, folder: Path, name: str, request: QuantizeRequest, imatrix: Path | None, max_buffer_bytes: int = 256 << 20, **fields: object
+) -> None:
     ours, theirs = folder / "ours.gguf", folder / "theirs.gguf"
     statistics = load_imatrix(imatrix) if imatrix else None
     importances = {n: statistics.importance(n) for n in statistics.columns} if statistics else None
-    result = quantize(source, ours, request, Settings(n_threads=2))
+    result = quantize(source, ours, request, Settings(n_threads=2, max_buffer_bytes=max_buffer_bytes))
     assert not any(log.n_floored for log in result.logs.values()), "equality is only promised where nothing had to be sanitised"
     llama_quantize(source, theirs, PRESETS[name].file_type, importances, **fields)
     assert differing(ours, theirs) == []
@@ -55,6 +57,12 @@ def test_preset_that_needs_an_imatrix_is_refused_without(name: str, demo_gguf: P
     with pytest.raises(UsageError, match="imatrix"):
         quantize(demo_gguf, tmp_path / "x.gguf", QuantizeRequest(quant_type=name, use_imatrix=False))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q3_K_M", "Q6_K", "IQ4_XS", pytest.param("IQ3_XXS", marks=pytest.mark.slow)])
+def test_slabs_of_a_few_rows(name: str, demo_gguf: Path, demo_imatrix: Path, tmp_path: Path) -> None:
+    """An encoder that looks beyond its row: no tensor of the demo model is larger than the default slab."""
+    _compare(demo_gguf, tmp_path, name, QuantizeRequest(quant_type=name, imatrix=demo_imatrix), demo_imatrix, max_buffer_bytes=1 << 18)
 
 
 def test_pure(demo_gguf: Path, demo_imatrix: Path, tmp_path: Path) -> None:

@@ -46,6 +46,31 @@ def test_a_row_of_the_embeddings_counts_as_the_average_token() -> None:
     np.testing.assert_allclose(found.column_weights[0], (X**2).mean(axis=0), rtol=1e-5)
 
 
+def test_the_head_slab_by_slab_is_the_head_at_once() -> None:
+    """Would catch slabs whose tokens are counted twice, or weighed by their own rows alone."""
+    generator = np.random.default_rng(2)
+    X, P = generator.normal(size=(7, 6)).astype(np.float32), generator.dirichlet(np.ones(10), 7)
+    sums = SensitivitySums()
+    for start, stop in ((0, 4), (4, 10)):
+        sums.add_probabilities(start, 10, X, P[:, start:stop])
+    found = sums.take(10, "f").sensitivity("output.weight")
+    G2 = P * (1 - P)
+    assert found is not None
+    np.testing.assert_allclose(found.column_weights[0], (G2.mean(axis=1)[:, None] * X.astype(np.float64) ** 2).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.row_weights[0], G2.mean(axis=0) / G2.mean(), rtol=1e-5)
+
+
+def test_values_are_charged_twice() -> None:
+    """Would catch the coherence of value errors, measured on two models, lost or spread to other kinds."""
+    sums = SensitivitySums()
+    X, G = slabs()[0]
+    for kind in ("attn_q", "attn_v"):
+        sums.add_gradient(f"blk.0.{kind}.weight", X, G)
+    q, v = (sums.take(10, "f").sensitivity(f"blk.0.{kind}.weight") for kind in ("attn_q", "attn_v"))
+    assert q is not None and v is not None
+    np.testing.assert_allclose(v.column_weights, 2 * q.column_weights)
+
+
 def test_whole_matrices_say_the_same() -> None:
     """Would catch the two ways to gradients giving estimates on two scales."""
     sums = GramSums()

@@ -11,7 +11,7 @@ import pytest
 from upstream import differing
 
 from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
-from loopgguf.errors import QualityError, UsageError
+from loopgguf.errors import OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
 from loopgguf.grams import load_grams
@@ -55,6 +55,23 @@ def test_dry_run_is_exact_and_writes_nothing(demo_model: Path, tmp_path: Path) -
     written = quantize(demo_model, Path("x.gguf"), QuantizeRequest(quant_type="Q5_K_M", use_imatrix=False))
     assert written.paths[0].stat().st_size == planned.total_bytes == written.total_bytes
     assert written.plan.hash == planned.plan.hash
+
+
+def test_dry_run_is_exact_with_an_imatrix_still_to_be_made(demo_model: Path) -> None:
+    """Metadata about the imatrix that a dry run forgets."""
+    request = QuantizeRequest(quant_type="Q4_K_M", calibration=ImatrixRequest(n_samples=2))
+    planned = quantize(demo_model, Path("x.gguf"), replace(request, dry_run=True))
+    written = quantize(demo_model, Path("x.gguf"), request)
+    assert (written.total_bytes, written.plan.hash) == (planned.total_bytes, planned.plan.hash)
+
+
+def test_output_that_is_another_input(demo_model: Path) -> None:
+    """--overwrite that replaces the imatrix, or a tokenizer, by the model made from it."""
+    made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=2)).path
+    before = made.read_bytes()
+    with pytest.raises(OutputError, match="is the input"):
+        quantize(demo_model, made, QuantizeRequest(quant_type="Q4_0", imatrix=made), Settings(overwrite=True))
+    assert made.read_bytes() == before
 
 
 def test_the_file_says_what_it_is(demo_model: Path) -> None:

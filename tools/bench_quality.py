@@ -33,7 +33,9 @@ from loopgguf import report
 from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import Measure, PairedComparison, Quality, compare_paired
-from loopgguf.workflow import Compensate, EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, default_threads, evaluate, quantize, reference_gguf
+from loopgguf.feedback import Compensate
+from loopgguf.opening import default_threads
+from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, evaluate, quantize, reference_gguf
 
 DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
 SIZE = "size-of-"  # begins the name of a file that is planned for a preset's exact size

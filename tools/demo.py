@@ -48,7 +48,7 @@ def render_prompts(path: Path) -> list[str]:
 def answer(path: Path, prompts: list[str]) -> list[str]:
     """Return what a model answers to each prompt: always the likeliest token, until it ends its turn."""
     from loopgguf.llama import Context, Model
-    from loopgguf.workflow import default_threads
+    from loopgguf.opening import default_threads
 
     answers = []
     with Model(path) as model, Context(model, N_CTX, n_threads=default_threads()) as context:

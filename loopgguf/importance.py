@@ -1,0 +1,288 @@
+"""What is known of a model's inputs: makes imatrices, adds them up, and finds the one that a quantization uses.
+
+Each way ends in `Importance`: the statistics and where they came from. What was made before for the same model and text
+is taken again from the user cache folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loopgguf.accumulators import EMBEDDING, PassResult, split_holdout
+from loopgguf.calibration import Chunks, describe_shortage
+from loopgguf.checkpoint import Job, cache_path, content_key
+from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
+from loopgguf.container import refuse_existing
+from loopgguf.errors import InputError, UsageError
+from loopgguf.feedback import refuse_without_gradients
+from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
+from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
+from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
+from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
+from loopgguf.source import Source
+from loopgguf.statistics import ColumnSums, ImatrixFormat, Statistics, check_coverage, describe_gaps, load_imatrix, merge, save_imatrix
+from loopgguf.version import __version__
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SAMPLES = 512
+GRADIENT_CHUNKS = 24  # of the calibration text: 12 rank single tensors as well as measuring them does (Spearman 0.95)
+
+
+@dataclass(frozen=True)
+class ImatrixRequest:
+    """Which calibration text makes an imatrix, cut how. `files`: what `corpus.find_parts` takes."""
+
+    files: tuple[str | Path, ...] = ()
+    ctx_size: int = DEFAULT_CTX_SIZE
+    n_samples: int = DEFAULT_SAMPLES
+    process_output: bool = False
+    parse_special: bool = False
+    seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
+    gram: bool = False  # also write Gram matrices beside it
+    gradient: bool = False  # those of the gradients too; a checkpoint folder only
+    in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
+    output_format: ImatrixFormat | None = None
+    resume: bool = True
+    job_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class ImatrixResult:
+    """An imatrix and the pass that made it; `path` is where it lies."""
+
+    path: Path
+    statistics: Statistics
+    run: PassResult
+    chunks: Chunks
+    notes: tuple[str, ...]
+
+
+def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
+    """Return the calibration text that a request means, cut into chunks."""
+    return cut_text(source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed)
+
+
+def _calibration_notes(chunks: Chunks) -> list[str]:
+    shortage = describe_shortage(chunks)
+    return [*([f"calibration text: {shortage}"] if shortage else []), *chunks.notes]
+
+
+def _collect(
+    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, output: Path, save: Callable[[Statistics], None]
+) -> tuple[Statistics, PassResult]:
+    """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
+
+    Gram matrices, where asked for, are published beside `output` before.
+    """
+    columns = {"columns": ColumnSums(moments=True)}
+    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
+    with Job(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
+        if request.gram:
+            run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)
+        else:
+            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, columns, job, how)
+        statistics = Statistics(columns["columns"].columns(), chunks.names, len(chunks.tokens), request.ctx_size)
+        save(statistics)
+        job.finish()
+    return statistics, run
+
+
+def _run_grams(
+    source: Source, request: ImatrixRequest, chunks: Chunks, columns: Mapping[str, ColumnSums], job: Job, how: Pass, output: Path, *, overwrite: bool
+) -> PassResult:
+    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
+    refuse_existing_grams(output, overwrite=overwrite)
+    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) > 1 and (t.name.startswith("blk.") or (request.gradient and t.name == EMBEDDING))}
+    check_disk(output.absolute().parent, stored_bytes(shapes, has_gradient=request.gradient))
+    _, holdout = split_holdout(chunks.n_chunks, request.seed)
+    grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
+    writer = GramWriter(job.shards, GramHeader(tuple(grams.holdout), request.seed, grams.label_seed, chunks.fingerprint))
+    if source.is_checkpoint:
+        run = run_checkpoint(source.path, chunks.tokens, columns, job, how, grams, writer)
+    else:
+        run = run_gguf_grams(source.path, chunks.tokens, columns, job, how, grams, writer, shapes)
+    writer.publish(output, overwrite=overwrite)
+    return run
+
+
+def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) -> dict[str, object]:
+    """Return what the statistics depend on, by names that a user understands."""
+    return {
+        "loopgguf version": __version__,
+        "model": source.fingerprint,
+        "calibration text": chunks.fingerprint,
+        "ctx-size": request.ctx_size,
+        "samples": chunks.n_chunks,
+        "process-output": request.process_output,
+        "engine": "torch" if source.is_checkpoint else "llama.cpp",
+        "gram": request.gram,
+        "gradient": request.gradient,
+        "seed": request.seed if request.gram else None,
+    }
+
+
+def _imatrix_path(model: Path | None, output: Path | None, request: ImatrixRequest) -> Path:
+    output = output or Path(f"{model_name(model) if model else 'merged'}.imatrix.{request.output_format or 'gguf'}")
+    if "imatrix" not in output.name:
+        raise UsageError(f"an imatrix file must have `imatrix` in its name, or tools take it for a model: got {output.name}, try {output.stem}.imatrix.gguf")
+    return output
+
+
+def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixRequest | None = None, settings: Settings | None = None) -> ImatrixResult:
+    """Run calibration text through a model and write the importance matrix in one of llama.cpp's forms.
+
+    model: a checkpoint folder (run by torch, one decoder layer at a time) or a GGUF (run by llama.cpp). output: default
+    `NAME.imatrix.gguf` in the current folder. What is done is kept in a job folder until then, and the same request goes
+    on from it. Raises InputError for a bad model or text, OutputError when the output exists or cannot be written,
+    UsageError when the job folder is of another request or in use, Interrupted when the user stops it.
+    """
+    request, settings = request or ImatrixRequest(), settings or Settings()
+    output = _imatrix_path(model, output, request)
+    refuse_existing(output, overwrite=settings.overwrite)
+    parts = [load_imatrix(path) for path in request.in_files]
+    source, notes = open_model(model, settings)
+    if request.gradient:
+        refuse_without_gradients(source)
+    refuse_same_file(output, (*source.files, *request.in_files))
+    chunks = calibration_chunks(source, request, settings)
+
+    def save(collected: Statistics) -> None:
+        merged = merge([collected, *parts]) if parts else collected
+        check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
+
+    statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), output, save)
+    statistics = merge([statistics, *parts]) if parts else statistics
+    gaps = describe_gaps(check_coverage(statistics, source.tensors))
+    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
+
+
+def merge_imatrices(
+    paths: Sequence[Path], output: Path | None = None, request: ImatrixRequest | None = None, settings: Settings | None = None
+) -> tuple[Path, Statistics]:
+    """Return the path of the sum of imatrix files of one model (default `merged.imatrix.gguf`), and what is in it.
+
+    Raises InputError for a bad file or files of different models, OutputError for an output that exists, is one of the
+    files, or cannot be written.
+    """
+    request, settings = request or ImatrixRequest(), settings or Settings()
+    output = _imatrix_path(None, output, request)
+    refuse_same_file(output, paths)
+    refuse_existing(output, overwrite=settings.overwrite)
+    merged = merge([load_imatrix(path) for path in paths])
+    save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
+    return output, merged
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where statistics come from, as a file's metadata says it: base names and counts."""
+
+    name: str
+    datasets: tuple[str, ...]
+    n_entries: int
+    n_chunks: int
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The statistics that a quantization uses (None in a dry run, which makes none), their origin, and notes."""
+
+    statistics: Statistics | None
+    origin: Origin
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> np.ndarray | None:
+        """Return the importance of a tensor's columns, (n_matrices, n_in) float32, or None."""
+        return None if self.statistics is None else self.statistics.importance(name)
+
+    def has(self, name: str) -> bool:
+        """Tell whether there are data for a tensor; in a dry run, whether there would be."""
+        return _will_be_collected(name) if self.statistics is None else name in self.statistics.columns
+
+
+def _describe(statistics: Statistics, name: str, notes: Sequence[str]) -> Importance:
+    datasets = tuple(Path(dataset).name for dataset in statistics.datasets)
+    return Importance(statistics, Origin(name, datasets, len(statistics.columns), statistics.n_chunks), tuple(notes))
+
+
+def _will_be_collected(name: str) -> bool:
+    """Tell whether an imatrix that we make has data for a tensor: the layers' weights, neither the head nor embeddings."""
+    return name.startswith("blk.")
+
+
+def planned_importance(source: Source) -> Importance:
+    """Return what an imatrix that we make of a model will cover, before it is made."""
+    n_entries = sum(_will_be_collected(tensor.name) and len(tensor.shape) > 1 for tensor in source.tensors)
+    return Importance(None, Origin(f"{model_name(source.path)}.imatrix.gguf", (), n_entries, 0))
+
+
+def given_importance(source: Source, imatrix: Path) -> Importance:
+    """Return an imatrix that was given, with what it lacks. Raises InputError when it is damaged or of another model."""
+    coverage = check_coverage(load_imatrix(imatrix), source.tensors)
+    unused = f"imatrix: {len(coverage.unused)} of its entries are of no tensor of this model: {', '.join(coverage.unused[:3])}"
+    return _describe(coverage.statistics, imatrix.name, [*([unused] if coverage.unused else []), *describe_gaps(coverage)])
+
+
+def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
+    """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
+    request = replace(request, process_output=False, gram=False, gradient=False, in_files=(), output_format=None, job_folder=None)
+    chunks = calibration_chunks(source, request, settings)
+    name = f"{model_name(source.path)}.imatrix.gguf"
+    cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
+    text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
+    found = _load_cached(cached)
+    if found is not None:
+        notes = [f"imatrix: taken from {cached}, made before from the same model and {text}"]
+    elif dry_run:
+        planned = planned_importance(source)
+        origin = replace(planned.origin, datasets=chunks.names, n_chunks=chunks.n_chunks)
+        return replace(planned, origin=origin, notes=(f"imatrix: would be made from {text}",))
+    else:
+        job = cached.with_suffix(".job")
+        found, run = _collect(source, request, chunks, settings, job, cached, lambda made: save_imatrix(made, cached, overwrite=True))
+        notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
+    coverage = check_coverage(found, source.tensors)
+    return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])
+
+
+def _load_cached(path: Path) -> Statistics | None:
+    """Return a cached imatrix; a damaged one is as good as none."""
+    try:
+        return load_imatrix(path) if path.exists() else None
+    except InputError as error:
+        logger.warning("the cached imatrix is made again: %s", error)
+        return None
+
+
+def find_sensitivities(source: Source, request: ImatrixRequest, settings: Settings) -> Sensitivities:
+    """Return what a backward pass over a few of the calibration chunks tells, or told before."""
+    chunks = calibration_chunks(source, request, settings)
+    chosen = np.unique(np.linspace(0, chunks.n_chunks - 1, GRADIENT_CHUNKS).astype(int))
+    fingerprint = content_key(SENSITIVITY_VERSION, source.fingerprint, chunks.fingerprint, request.ctx_size, len(chosen))
+    path = cache_path("sensitivity", fingerprint, ".npz")
+    found = load_sensitivities(path, fingerprint)
+    if found is None:
+        from loopgguf.layerwise import collect_gradients
+
+        sums = SensitivitySums()
+        documents = None if chunks.documents is None else chunks.documents[chosen]
+        collect_gradients(
+            source.path,
+            chunks.tokens[chosen],
+            [sums],
+            n_threads=settings.n_threads,
+            label_seed=0,
+            documents=documents,
+            numbers=chosen.tolist(),
+            progress=settings.progress,
+        )
+        found = sums.take(next(tensor.n_rows for tensor in source.tensors if tensor.name == EMBEDDING), fingerprint)
+        save_sensitivities(found, path)
+    return found

@@ -1,0 +1,133 @@
+"""What a request to quantize comes to: a plan, and the importance it is executed with, whichever way it is given.
+
+A preset, a profile, a size or a saved plan; the imatrix is given, made before, or made now. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loopgguf.errors import UsageError
+from loopgguf.errortable import Sampling, measure_errors
+from loopgguf.feedback import Compensate
+from loopgguf.importance import ImatrixRequest, Importance, find_sensitivities, given_importance, made_importance, planned_importance
+from loopgguf.opening import Settings, model_name
+from loopgguf.planfile import check_plan, imatrix_digest, load_plan
+from loopgguf.planner import OUTPUT, Plan, SizedPlan, TypeRules, describe_sized, plan_preset, plan_profile, plan_size, size_problem
+from loopgguf.presets import read_facts
+from loopgguf.profile import load_profile
+from loopgguf.publish import Order, total_bytes
+from loopgguf.source import Source
+
+DEFAULT_PROFILE = "balanced"
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to make of a model: a preset, a size, a saved plan or a profile, the rules on top, and which imatrix weighs the columns."""
+
+    profile: str | Path | None = None  # None: `balanced`; with a size: no profile
+    quant_type: str | None = None
+    size_bytes: int | None = None
+    target_bpw: float | None = None  # of the whole file
+    plan: Path | None = None
+    exact_errors: bool = False
+    use_gradients: bool = True  # a checkpoint's, for the errors that a plan by size rests on
+    rules: TypeRules = field(default_factory=TypeRules)
+    imatrix: Path | None = None
+    use_imatrix: bool = True
+    calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    compensate: Compensate = Compensate.OFF
+    keep_split: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a request comes to: the plan, the importance it is executed with (None where it needs none), notes."""
+
+    plan: Plan
+    importance: Importance | None = None
+    notes: tuple[str, ...] = ()
+    sized: SizedPlan | None = None
+
+    def order(self, request: QuantizeRequest) -> Order:
+        """Return what is to be written."""
+        inputs = [path for path in (request.imatrix, request.plan, request.profile, *request.calibration.files) if path is not None]
+        return Order(
+            plan=self.plan,
+            importance=self.importance,
+            compensate=request.compensate,
+            calibration=request.calibration,
+            keep_split=request.keep_split,
+            inputs=tuple(Path(path) for path in inputs),
+        )
+
+
+def resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Resolved:
+    """Return the plan of a request, whichever way it is given, and the importance it needs.
+
+    A dry run makes no imatrix: it plans with the one made before, or with what one would cover. Raises UsageError for
+    what cannot be met, InputError for a bad imatrix, plan or calibration text.
+    """
+    if request.plan is not None:
+        return _resolve_saved(source, request.plan, request, settings)
+    given = given_importance(source, request.imatrix) if request.imatrix is not None else None
+    if request.size_bytes is not None or request.target_bpw is not None:
+        return _resolve_size(source, request, given, settings)
+    if given is not None or not request.use_imatrix:
+        return Resolved(_plan(source, request, given), given, given.notes if given is not None else ())
+    # what cannot be met is refused before an imatrix is made; one that turns out to lack a tensor is planned with as it is
+    preview = _plan(source, request, planned_importance(source))
+    if not any(row.uses_imatrix for row in preview.rows):
+        return Resolved(preview)
+    made = made_importance(source, request.calibration, settings, dry_run=request.dry_run)
+    return Resolved(_plan(source, request, made), made, made.notes)
+
+
+def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | None, settings: Settings) -> Resolved:
+    """Measure what every type does to every tensor, and solve for the size."""
+    importance = given or (made_importance(source, request.calibration, settings) if request.use_imatrix else None)
+    profile = load_profile(request.profile) if request.profile is not None else None
+    problem = size_problem(source.tensors, source.metadata, request.rules, importance.has if importance is not None else None, profile)
+
+    def measure_file(plan: Plan) -> int:
+        return total_bytes(source, Resolved(plan, importance).order(request))
+
+    table = measure_errors(
+        problem.requests,
+        importance.statistics if importance is not None else None,
+        source_fingerprint=source.fingerprint,
+        n_layer=read_facts(source.metadata).n_layer,
+        is_tied=all(tensor.name != OUTPUT for tensor in source.tensors),
+        gradients=find_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None,
+        sampling=Sampling(is_exact=request.exact_errors),
+        n_threads=settings.n_threads,
+        progress=settings.progress,
+    )
+    n_weights = sum(tensor.n_rows * tensor.n_in for tensor in source.tensors)
+    budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * n_weights / 8)
+    sized = plan_size(problem, table, budget_bytes, measure_file)
+    notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
+    return Resolved(sized.plan, importance, notes, sized)
+
+
+def _resolve_saved(source: Source, path: Path, request: QuantizeRequest, settings: Settings) -> Resolved:
+    """Read a plan, and see that it is of this model, that the importance is the one it was made with, and its size exact."""
+    saved = load_plan(path)
+    check_plan(saved, source.tensors, model_name(source.path))
+    if not any(row.uses_imatrix for row in saved.plan.rows):
+        return Resolved(saved.plan)
+    importance = given_importance(source, request.imatrix) if request.imatrix is not None else made_importance(source, request.calibration, settings)
+    without = next((row.name for row in saved.plan.rows if row.uses_imatrix and not importance.has(row.name)), None)
+    if without is not None or (saved.imatrix_sha256 is not None and imatrix_digest(saved.plan, importance) != saved.imatrix_sha256):
+        raise UsageError(f"{path} was made with another imatrix than {importance.origin.name}: give the same one with --imatrix, or plan again")
+    return Resolved(saved.plan, importance, importance.notes)
+
+
+def _plan(source: Source, request: QuantizeRequest, importance: Importance | None) -> Plan:
+    has_importance = importance.has if importance is not None else None
+    if request.quant_type is not None:
+        return plan_preset(source.tensors, source.metadata, request.quant_type, request.rules, has_importance)
+    return plan_profile(source.tensors, source.metadata, load_profile(request.profile or DEFAULT_PROFILE), request.rules, has_importance)

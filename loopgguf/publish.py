@@ -1,0 +1,181 @@
+"""From a plan to a published file: metadata, layout, encode, flush, verify, rename. The only place that publishes a model."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
+from loopgguf.errors import UsageError
+from loopgguf.feedback import Compensate, Feedback, collect_feedback
+from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
+from loopgguf.opening import Settings, refuse_same_file
+from loopgguf.pipeline import Job, TensorLog, WriteResult, execute
+from loopgguf.planner import OUTPUT, Plan, PlanRow
+from loopgguf.source import Source
+from loopgguf.verify import speak, verify_file
+from loopgguf.version import __version__
+
+SPEAKING_PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be written: a plan, what its encoders are told, and how the output is cut."""
+
+    plan: Plan
+    importance: Importance | None = None
+    compensate: Compensate = Compensate.OFF
+    calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    keep_split: bool = False
+    inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
+
+
+def _metadata(source: Source, order: Order) -> dict[str, Value]:
+    """Return the source's metadata with what this file is and came from; names only, no paths."""
+    plan, importance = order.plan, order.importance
+    metadata = dict(source.metadata)
+    metadata["general.quantization_version"] = uint32(2)
+    metadata["general.file_type"] = uint32(plan.file_type)
+    metadata["general.quantized_by"] = string("loopgguf")
+    if importance is not None and any(row.uses_imatrix for row in plan.rows):
+        metadata["quantize.imatrix.file"] = string(importance.origin.name)
+        metadata["quantize.imatrix.dataset"] = string(", ".join(importance.origin.datasets))
+        metadata["quantize.imatrix.entries_count"] = uint32(importance.origin.n_entries)
+        metadata["quantize.imatrix.chunks_count"] = uint32(importance.origin.n_chunks)
+    metadata["loopgguf.version"] = string(__version__)
+    metadata["loopgguf.intent"] = string(plan.intent)
+    metadata["loopgguf.plan_hash"] = string(plan.hash)
+    if order.compensate is not Compensate.OFF:
+        metadata["loopgguf.compensate"] = string(order.compensate)
+    return metadata
+
+
+def lay_out(source: Source, order: Order, output: Path) -> list[tuple[Path, Layout]]:
+    """Return each output file with its layout, exact to the byte: one, or one per shard of a split GGUF.
+
+    Raises UsageError when shards are to be kept of a source that is not a split GGUF.
+    """
+    n_shards = 1 + max(tensor.shard for tensor in source.tensors) if order.keep_split else 1
+    if order.keep_split and n_shards == 1:
+        raise UsageError(f"--keep-split: {source.path} is no split GGUF: leave the option out")
+    metadata, rows = _metadata(source, order), order.plan.rows
+    if n_shards == 1:
+        return [(output, _layout_of(metadata, rows))]
+    shard_of = {tensor.name: tensor.shard for tensor in source.tensors}
+    files = []
+    for shard in range(n_shards):
+        split: dict[str, Value] = {
+            "split.no": Value(ValueType.UINT16, shard),
+            "split.count": Value(ValueType.UINT16, n_shards),
+            "split.tensors.count": Value(ValueType.INT32, len(rows)),
+        }
+        shard_metadata = {**metadata, **split} if shard == 0 else split
+        files.append((shard_path(output, shard + 1, n_shards), _layout_of(shard_metadata, [row for row in rows if shard_of[row.name] == shard])))
+    return files
+
+
+def _layout_of(metadata: Metadata, rows: Sequence[PlanRow]) -> Layout:
+    return plan_layout(metadata, [(row.name, row.type, row.shape) for row in rows])
+
+
+def total_bytes(source: Source, order: Order) -> int:
+    """Return the exact bytes of all files of an order."""
+    return sum(layout.total_bytes for _, layout in lay_out(source, order, Path("model.gguf")))
+
+
+def check_outputs(source: Source, paths: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise OutputError for an output that is one of the inputs, a folder, or exists and may not be overwritten."""
+    for path in paths:
+        refuse_same_file(path, (*source.files, *source.side_files, *inputs))
+        refuse_existing(path, overwrite=overwrite)
+
+
+def publish(source: Source, order: Order, output: Path, settings: Settings, notes: Sequence[str], *, dry_run: bool = False) -> WriteResult:
+    """Write an order as `output` and return what came of it; a dry run stops at the layout.
+
+    Raises OutputError for an output that exists, is an input, or cannot be written; errors of the encoders and QualityError as
+    `pipeline.execute` and `verify`. Nothing stays behind when anything fails.
+    """
+    files = lay_out(source, order, output)
+    paths, n_bytes = tuple(path for path, _ in files), sum(layout.total_bytes for _, layout in files)
+    if dry_run:
+        return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
+    check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
+    feedback = None
+    if order.compensate is not Compensate.OFF:
+        chunks = calibration_chunks(source, order.calibration, settings)
+        feedback = collect_feedback(source, chunks, order.compensate, n_threads=settings.n_threads, progress=settings.progress)
+    logs, seconds, sample_text = _write(source, order, files, feedback, settings)
+    return WriteResult(order.plan, paths, n_bytes, logs, seconds, sample_text, tuple(notes))
+
+
+def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile, feedback: Feedback | None) -> list[Job]:
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    jobs = [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
+    if feedback is None:
+        return jobs
+    is_tied = OUTPUT not in tensors
+    return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), dampings=feedback.dampings) for job in jobs]
+
+
+def _write(
+    source: Source, order: Order, files: Sequence[tuple[Path, Layout]], feedback: Feedback | None, settings: Settings
+) -> tuple[Mapping[str, TensorLog], Mapping[str, float], str]:
+    """Encode, flush, verify and publish; return the log of each tensor, the seconds of each phase, and what the file said."""
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[phase] = time.perf_counter() - start
+
+    rows = {row.name: row for row in order.plan.rows}
+    with contextlib.ExitStack() as stack:
+        parts = [(stack.enter_context(PartFile(path, layout.total_bytes, overwrite=settings.overwrite)), layout) for path, layout in files]
+        with timed("encode and write"):
+            for part, layout in parts:
+                part.write_at(0, layout.header)
+            logs = execute(
+                [job for part, layout in parts for job in _jobs(source, rows, layout, part, feedback)],
+                order.importance if order.importance is not None else lambda name: None,
+                n_threads=settings.n_threads,
+                max_buffer_bytes=settings.max_buffer_bytes,
+                progress=settings.progress,
+            )
+        with timed("fsync"):
+            for part, _ in parts:
+                part.sync()
+        with timed("verify"):
+            sample_text = _verify(source, parts, logs, settings)
+        _publish_all([part for part, _ in parts])
+    return logs, seconds, sample_text
+
+
+def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:
+    """Check each part as a reader would, then load and run the whole under its final names; return what it said."""
+    for part, layout in parts:
+        verify_file(part.path, layout, source.tensors, logs, n_threads=settings.n_threads, progress=settings.progress)
+    with tempfile.TemporaryDirectory(prefix="loopgguf-") as folder:  # llama.cpp finds the shards of a model by their names
+        links = [Path(folder) / part.target.name for part, _ in parts]
+        for link, (part, _) in zip(links, parts, strict=True):
+            link.symlink_to(part.path.resolve())
+        return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads)
+
+
+def _publish_all(parts: Sequence[PartFile]) -> None:
+    """Give all parts their names; where one fails, none keeps its name."""
+    published: list[Path] = []
+    try:
+        for part in parts:
+            part.publish()
+            published.append(part.target)
+    except BaseException:
+        for path in published:
+            path.unlink(missing_ok=True)
+        raise

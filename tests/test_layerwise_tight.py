@@ -1,0 +1,533 @@
+"""layerwise.py: one block of layers at a time gives what the whole model at once gives, forward and backward."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loopgguf.accumulators import (
+    AttentionMass,
+    Columns,
+    ColumnSums,
+    GramSet,
+    GramSums,
+    HoldoutSplit,
+    OutputMeans,
+    Spikes,
+    merge_grams,
+    split_holdout,
+    summarize_layer,
+)
+from loopgguf.architectures import input_group, rope_source_rows, tensor_role
+from loopgguf.calibration import default_text, load_chunks
+from loopgguf.errors import InputError, OutputError, UsageError
+from loopgguf.layerwise import GradientPlan, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers, plan_gradient_pass
+from loopgguf.llama import Model
+
+THREADS = 1
+
+
+def squares(X: np.ndarray) -> np.ndarray:
+    return (X.astype(np.float64) ** 2).sum(axis=0)
+
+
+@pytest.fixture(scope="module")
+def chunks(demo_gguf: Path) -> np.ndarray:
+    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
+    with Model(demo_gguf, vocab_only=True) as model:
+        return load_chunks(model, [default_text("calibration")], 128, 4).tokens
+
+
+# --- forward ------------------------------------------------------------------------------------------------------------
+
+
+def run_checkpoint(folder: Path, chunks: np.ndarray, **options: object) -> tuple[dict[str, Columns], object]:
+    sums = ColumnSums()
+    result = collect_from_checkpoint(folder, chunks, [sums], n_threads=THREADS, **options)  # type: ignore[arg-type]
+    return sums.columns(), result
+
+
+@pytest.fixture(scope="module")
+def torch_pass(demo_model: Path, chunks: np.ndarray):
+    seen = []
+    columns, result = run_checkpoint(demo_model, chunks, process_output=True, progress=lambda *step: seen.append(step))
+    return columns, result, seen
+
+
+LINEARS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+LINEARS |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def assert_equals_whole_model(folder: Path, chunks: np.ndarray, columns: dict[str, Columns], perplexity: float) -> None:
+    """Run all chunks through the whole model at once and compare the inputs of its linears."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(chunks).long()).logits
+    head = inputs.pop("lm_head")
+    if "output.weight" in columns:
+        np.testing.assert_allclose(columns["output.weight"].sum_squares[0], squares(head.flatten(0, 1).numpy()), rtol=1e-4)
+    assert len(inputs) == len(set(columns) - {"output.weight"})
+    for hf, X in inputs.items():
+        layer, kind = hf.removeprefix("model.layers.").split(".", 1)
+        got = columns[f"blk.{layer}.{LINEARS[kind]}.weight"]
+        assert got.counts.tolist() == [chunks.size]
+        np.testing.assert_allclose(got.sum_squares[0], squares(X.flatten(0, 1).numpy()), rtol=1e-4, err_msg=hf)
+    first = chunks.shape[1] // 2
+    targets = torch.from_numpy(chunks[:, first + 1 :]).long().flatten()
+    nll = torch.nn.functional.cross_entropy(logits[:, first:-1].flatten(0, 1), targets)
+    assert perplexity == pytest.approx(float(nll.exp()), rel=1e-5)
+
+
+def test_layer_by_layer_equals_the_whole_model(demo_model: Path, chunks: np.ndarray, torch_pass):
+    """Catches wrong positions, masks or rope buffers, a layer's weights mixed up, and a wrong perplexity."""
+    columns, result, seen = torch_pass
+    assert_equals_whole_model(demo_model, chunks, columns, result.perplexity)
+    assert "output.weight" in columns
+    assert seen[-1][1] == seen[-1][2] == len(seen)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 16}),
+    ],
+)
+def test_every_family_equals_its_whole_model(family: str, options: dict[str, object], tmp_path: Path):
+    """Catches a family whose buffers, biases, norms, windows or tied head are lost on the way through single layers."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **options, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.2)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    tokens = np.random.default_rng(6).integers(0, 300, (2, 32)).astype(np.int32)
+    columns, result = run_checkpoint(tmp_path, tokens, process_output=True)
+    assert_equals_whole_model(tmp_path, tokens, columns, result.perplexity)
+
+
+def test_spilled_hidden_states_change_nothing(demo_model: Path, chunks: np.ndarray, torch_pass):
+    """Catches chunks that come back from the temporary file in another order."""
+    columns, result = run_checkpoint(demo_model, chunks, max_memory_bytes=0)
+    assert result == torch_pass[1]
+    assert all((c.sum_squares == torch_pass[0][name].sum_squares).all() for name, c in columns.items())
+
+
+@pytest.fixture
+def broken(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo folder to damage."""
+    return Path(shutil.copytree(demo_model, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def test_tied_head_is_the_embedding(broken: Path, chunks: np.ndarray):
+    """Catches a tied model that is scored with a head it does not have, and `output.weight` collected for it."""
+    edit_config(broken, tie_word_embeddings=True)
+    columns, result = run_checkpoint(broken, chunks[:1], process_output=True)
+    assert "output.weight" not in columns
+    assert result.perplexity > 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["NewForCausalLM"]}, "NewForCausalLM"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "code.NewConfig"}}, "config.json"),
+        ({"model_type": "qwen2"}, "got 'qwen2', a Qwen2ForCausalLM"),
+        ({"num_hidden_layers": 7}, "model.layers.6.* is missing"),
+        ({"vocab_size": 64}, "token ids: got up to"),
+        ({"intermediate_size": 640}, r"weights of model.layers.0.\* in .* do not fit config.json"),
+        ({"hidden_size": "wide"}, "hidden_size in config.json"),
+        ({"attention_dropout": "much"}, "transformers cannot build"),
+    ],
+)
+def test_unfit_config_is_refused(broken: Path, chunks: np.ndarray, changes: dict[str, object], said: str):
+    """Catches code of the folder run, another class computed in silence, and tracebacks from inside transformers."""
+    edit_config(broken, **changes)
+    (broken / "code.py").write_text("raise SystemExit('code of the model was run')", encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        run_checkpoint(broken, chunks)
+
+
+def test_damaged_weights_are_refused(broken: Path, chunks: np.ndarray):
+    """Catches tracebacks of safetensors, a pickle that is opened, and an index that leads out of the folder."""
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        run_checkpoint(broken, chunks)
+    weights.rename(broken / "pytorch_model.bin")
+    with pytest.raises(InputError, match="only as pickle"):
+        run_checkpoint(broken, chunks)
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"got '../x\.safetensors'"):
+        run_checkpoint(broken, chunks)
+
+
+def test_nan_weights_name_the_weight_that_sees_them(broken: Path, chunks: np.ndarray):
+    """Catches an imatrix made of a damaged model."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"activations of blk\.2\.ffn_down\.weight"):
+        run_checkpoint(broken, chunks)
+
+
+# --- backward -----------------------------------------------------------------------------------------------------------
+
+SEED = 11
+
+
+def sample_labels(logits: np.ndarray, number: int) -> np.ndarray:
+    """Draw a label for every token by inverting the distribution over the whole vocabulary, in float64."""
+    p = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    draws = np.random.default_rng([SEED, number]).random(len(logits))
+    return (np.cumsum(p / p.sum(axis=1, keepdims=True), axis=1) <= draws[:, None]).sum(axis=1)
+
+
+def whole_model_gradients(folder: Path, chunks: np.ndarray, permuted: bool) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return (inputs, gradients at the outputs) per chunk of every linear and of the embedding, from autograd on the whole model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(name: str):
+        def hook(_module, args, output):
+            output.retain_grad()
+            kept[name] = (args[0], output)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) or name == "model.embed_tokens":
+            module.register_forward_hook(keep(name))
+    for number, chunk in enumerate(chunks):
+        with torch.enable_grad():
+            logits = model(torch.from_numpy(chunk.astype(np.int64))[None]).logits[0]
+            labels = torch.from_numpy(sample_labels(logits.detach().numpy(), number))
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for hf, (X, Y) in kept.items():
+            if hf == "lm_head":
+                continue
+            G = Y.grad[0].numpy()
+            name = "token_embd.weight"
+            if hf != "model.embed_tokens":
+                layer, kind = hf.removeprefix("model.layers.").split(".", 1)
+                name = f"blk.{layer}.{LINEARS[kind]}.weight"
+                X = X.detach()[0].numpy()
+                if permuted and LINEARS[kind] in ("attn_q", "attn_k"):
+                    head_dim = model.config.head_dim
+                    G = G[:, rope_source_rows(0, G.shape[1], head_dim)]
+            seen.setdefault(name, []).append((X, G))
+        model.zero_grad()
+        kept.clear()
+    return seen
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray, name: str) -> None:
+    """Within 1e-4 of the matrix's largest entry, as gradients are asked to be."""
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=name)
+
+
+def assert_equals_autograd(grams: GramSet, seen: dict[str, list[tuple[np.ndarray, np.ndarray]]], numbers: list[int]) -> None:
+    for name, slabs in seen.items():
+        G = np.concatenate([slabs[i][1] for i in numbers]).astype(np.float64)
+        if name == "token_embd.weight" or not any(kind in name for kind in ("ffn_gate", "ffn_up")):
+            assert grams.outputs[name].n_tokens == len(G)
+            assert_close(grams.outputs[name].mean, G.T @ G / len(G), f"H_O or G0 of {name}")
+        else:
+            assert name not in grams.outputs
+        assert_close(grams.curvature[name].mean, (G**2).mean(axis=0), f"r of {name}")
+        if name == "token_embd.weight":
+            continue
+        X = np.concatenate([slabs[i][0] for i in numbers]).astype(np.float64)
+        w = (G**2).mean(axis=1)
+        assert_close(grams.weighted[name].mean, (X * w[:, None]).T @ X / len(X), f"H_w of {name}")
+        assert_close(grams.inputs[input_group(name), None].mean, X.T @ X / len(X), f"H of {name}")
+        first = np.array([w[i * len(slabs[0][0])] for i in range(len(numbers))])
+        x = np.stack([slabs[i][0][0] for i in numbers])
+        # a first token attends to itself alone, so its query's gradient is zero but for rounding
+        assert grams.first_weighted[name].weight == pytest.approx(first.sum(), rel=1e-3, abs=1e-9 * w.max())
+        np.testing.assert_allclose(grams.first_weighted[name].total, first @ x, atol=1e-4 * (w.max() + first.max()) * np.abs(x).max(), err_msg=name)
+    assert set(grams.weighted) == set(seen) - {"token_embd.weight"}
+
+
+WHOLE, STREAMED = "whole", "streamed"
+
+
+def gradient_plan(mode: str, n_layers: int) -> GradientPlan:
+    if mode == WHOLE:
+        return GradientPlan((range(n_layers),), True, 0)
+    return GradientPlan(tuple(range(i, min(i + 2, n_layers)) for i in range(0, n_layers, 2)), False, 0)
+
+
+@pytest.mark.parametrize("mode", [WHOLE, STREAMED])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 16}),
+    ],
+)
+def test_gradients_equal_autograd(family: str, options: dict[str, object], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches a gradient lost between blocks or slabs, rows in the wrong order, a label that depends on the vocabulary's slabs."""
+    import torch
+    import transformers
+
+    monkeypatch.setattr("loopgguf.layerwise._VOCAB_SLAB", 128)
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **options, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.1)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    tokens = np.random.default_rng(6).integers(0, 300, (4, 32)).astype(np.int32)
+    seen = whole_model_gradients(tmp_path, tokens, permuted=family in ("Llama", "Mistral"))
+    grams, layers = [GramSums(), GramSums()], []
+    split = HoldoutSplit([grams[0]], [grams[1]], frozenset({2}))
+    collect_gradients(tmp_path, tokens, [], n_threads=THREADS, label_seed=SEED, split=split, plan=gradient_plan(mode, 3), on_layer=layers.append)
+    assert layers == [2, 1, 0]
+    assert_equals_autograd(grams[0].take(), seen, [0, 1, 3])
+    assert_equals_autograd(grams[1].take(), seen, [2])
+
+
+def test_gradients_of_the_demo_model(demo_model: Path, chunks: np.ndarray):
+    """Catches differences that only a trained model's scales show; in memory and block by block."""
+    seen = whole_model_gradients(demo_model, chunks[:2, :64], permuted=True)
+    for mode in (WHOLE, STREAMED):
+        grams = GramSums()
+        result = collect_gradients(demo_model, chunks[:2, :64], [grams], n_threads=THREADS, label_seed=SEED, plan=gradient_plan(mode, 6))
+        assert_equals_autograd(grams.take(), seen, [0, 1])
+        assert result.perplexity == pytest.approx(run_checkpoint(demo_model, chunks[:2, :64])[1].perplexity, rel=1e-5)
+
+
+def test_chunks_of_a_larger_text_keep_their_labels(demo_model: Path, chunks: np.ndarray):
+    """Catches labels and sets that depend on which other chunks are run: parts add up to the whole."""
+    plan = gradient_plan(WHOLE, 6)
+
+    def run(numbers: list[int]) -> GramSet:
+        grams = GramSums(lambda name: "attn" in name)
+        collect_gradients(demo_model, chunks[numbers, :32], [grams], n_threads=THREADS, label_seed=SEED, numbers=numbers, plan=plan)
+        return grams.take()
+
+    together, added = run([0, 1, 2, 3]), merge_grams([run([2, 0]), run([3, 1])])
+    assert set(added.weighted) == set(together.weighted)
+    for name, gram in together.weighted.items():
+        assert added.weighted[name].n_tokens == gram.n_tokens
+        assert_close(added.weighted[name].total, gram.total, name)
+        assert_close(added.outputs[name].total, together.outputs[name].total, name)
+
+
+def test_plan_by_memory(demo_model: Path):
+    """Catches a plan that ignores the matrices, or keeps hidden states that a whole model does not need."""
+    assert plan_gradient_pass(demo_model, 8, 128, max_memory_bytes=1 << 30) == GradientPlan((range(6),), True, 0)
+    small = plan_gradient_pass(demo_model, 8, 128, max_memory_bytes=1)
+    assert small.blocks == tuple(range(i, i + 1) for i in range(6)) and not small.is_whole
+    assert small.stored_bytes == 4 * 8 * 128 * 256 * 8
+    fewer = plan_gradient_pass(demo_model, 8, 128, max_memory_bytes=100 << 20)
+    assert 1 < len(fewer.blocks) < 6
+    assert len(plan_gradient_pass(demo_model, 8, 128, max_memory_bytes=100 << 20, n_gram_sets=0).blocks) < len(fewer.blocks)
+
+
+# --- documents, edits, attention ----------------------------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.slabs: dict[str, list[np.ndarray]] = {}
+
+    def add(self, name: str, matrix: int | None, X: np.ndarray) -> None:
+        self.slabs.setdefault(name, []).append(X.copy())
+
+
+def test_documents_do_not_see_each_other(demo_model: Path, chunks: np.ndarray):
+    """Catches attention across the edge of a document, positions that go on, and a score for a document's first token."""
+    tokens = chunks[:2, :64]
+    documents = np.zeros_like(tokens)
+    documents[1, 24:] = 1
+    packed, alone, first = Recorder(), Recorder(), GramSums()
+    result = collect_from_checkpoint(demo_model, tokens, [packed, first], n_threads=THREADS, documents=documents)
+    assert result.n_tokens == 2 * 31
+    for piece in (tokens[1:, :24], tokens[1:, 24:]):
+        collect_from_checkpoint(demo_model, piece, [alone], n_threads=THREADS)
+    for name, (one, two) in alone.slabs.items():
+        np.testing.assert_allclose(packed.slabs[name][1], np.concatenate([one, two]), atol=2e-4, err_msg=name)
+    starts = first.take().first["blk.3.ffn_down"]
+    assert starts.weight == 3
+    slabs = packed.slabs["blk.3.ffn_down.weight"]
+    np.testing.assert_allclose(starts.total, slabs[0][0] + slabs[1][0] + slabs[1][24], rtol=1e-5, atol=1e-6)
+    edge = documents.copy()
+    edge[1, 40:] = 2
+    assert collect_from_checkpoint(demo_model, tokens, [], n_threads=THREADS, documents=edge).n_tokens == 2 * 31 - 1
+
+
+def test_an_edit_changes_one_weight_in_the_ggufs_order(demo_model: Path, chunks: np.ndarray):
+    """Catches an edit of the checkpoint's row where the GGUF's was meant, or one that stays in memory for the next layer."""
+    row = 3
+    source = int(rope_source_rows(0, 256, 64)[row])
+    assert source != row
+
+    class Outputs:
+        def __init__(self) -> None:
+            self.seen: dict[str, list[np.ndarray]] = {}
+
+        def add(self, name: str, matrix: int | None, X: np.ndarray) -> None:
+            pass
+
+        def add_output(self, name: str, matrix: int | None, Y: np.ndarray) -> None:
+            self.seen.setdefault(name, []).append(Y.copy())
+
+    plain, edited = Outputs(), Outputs()
+    collect_from_checkpoint(demo_model, chunks[:1, :32], [plain], n_threads=THREADS)
+    edits = [WeightEdit("blk.0.attn_q.weight", row, 5, 50.0)]
+    collect_from_checkpoint(demo_model, chunks[:1, :32], [edited], n_threads=THREADS, edits=edits)
+    differs = np.abs(plain.seen["blk.0.attn_q.weight"][0] - edited.seen["blk.0.attn_q.weight"][0]).max(axis=0) > 1e-3
+    assert np.flatnonzero(differs).tolist() == [row]
+    assert np.abs(plain.seen["blk.0.attn_k.weight"][0] - edited.seen["blk.0.attn_k.weight"][0]).max() < 1e-6
+
+
+def test_attention_is_what_eager_transformers_computes(demo_model: Path, chunks: np.ndarray):
+    """Catches heads or positions mixed up, and mass that does not sum to one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    attention = AttentionMass()
+    collect_from_checkpoint(demo_model, chunks[:2, :32], [attention], n_threads=THREADS)
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(chunks[:2, :32].astype(np.int64)), output_attentions=True).attentions
+    for layer, A in enumerate(expected):
+        np.testing.assert_allclose(attention.shares()[layer], A.mean(dim=(0, 2)).numpy(), atol=1e-5)
+        np.testing.assert_allclose(attention.square_shares()[layer], (A**2).mean(dim=(0, 2)).numpy(), atol=1e-5)
+
+
+def test_layer_summary(demo_model: Path, chunks: np.ndarray):
+    """Catches shares that are not shares: by hand from H, H_w and the attention of the same pass."""
+    attention, grams = AttentionMass(), GramSums()
+    collect_gradients(demo_model, chunks[:2, :32], [attention, grams], n_threads=THREADS, label_seed=1)
+    taken = grams.take()
+    summary = summarize_layer(2, taken, attention.shares()[2])
+    assert summary.attention_share == pytest.approx(attention.shares()[2][:, 0].mean())
+    assert set(summary.weighted_shares) == {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    H = taken.inputs["blk.2.ffn_down", None].mean.diagonal()
+    assert summary.diagonal_ratios["ffn_down"] == pytest.approx(H.max() / H.mean(), rel=1e-5)
+    assert all(0 <= share < 1 for share in (*summary.weighted_shares.values(), *summary.input_shares.values()))
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_forward_job_goes_on_after_its_last_layer(demo_model: Path, chunks: np.ndarray, tmp_path: Path):
+    """Catches a resumed job that differs in a bit, or that counts the layer in which it was killed twice."""
+    whole, saved = ColumnSums(), {}
+    result = collect_from_checkpoint(demo_model, chunks, [whole], n_threads=THREADS)
+    killed_at = {1, 4}
+
+    def run() -> tuple[ColumnSums, object]:
+        sums = ColumnSums()
+        for layer in finished_layers(tmp_path):
+            sums.restore(saved[layer])
+
+        def save(layer: int) -> None:
+            saved[layer] = sums.state(layer)
+            if layer in killed_at:
+                killed_at.remove(layer)
+                raise Killed
+
+        return sums, collect_from_checkpoint(demo_model, chunks, [sums], n_threads=THREADS, on_layer=save, work=tmp_path)
+
+    for done in (range(1), range(4)):
+        with pytest.raises(Killed):
+            run()
+        assert finished_layers(tmp_path) == done
+    sums, resumed = run()
+    assert resumed == result
+    for name, c in whole.columns().items():
+        assert (sums.columns()[name].sum_squares == c.sum_squares).all()
+        assert (sums.columns()[name].counts == c.counts).all()
+
+
+def test_a_gradient_job_goes_on_after_its_last_block(demo_model: Path, chunks: np.ndarray, tmp_path: Path):
+    """Catches hidden states, labels or losses that are not those of an uninterrupted job."""
+    options = {"n_threads": THREADS, "label_seed": SEED, "plan": gradient_plan(STREAMED, 6)}
+    whole, saved = GramSums(), {}
+    result = collect_gradients(demo_model, chunks[:2, :32], [whole], **options)
+    killed_at = {5, 2}
+
+    def run():
+        grams = GramSums()
+        done = finished_layers(tmp_path)
+
+        def save(layer: int) -> None:
+            assert layer not in done
+            if layer in killed_at:
+                killed_at.remove(layer)
+                raise Killed
+            saved[layer] = grams.take(layer)
+
+        return collect_gradients(demo_model, chunks[:2, :32], [grams], on_layer=save, work=tmp_path, **options), grams.take()
+
+    for done in (range(0), range(4, 6)):
+        with pytest.raises(Killed):
+            run()
+        assert finished_layers(tmp_path) == done
+    resumed, rest = run()
+    assert resumed == result
+    expected, got = whole.take(), merge_grams([*saved.values(), rest])
+    for what in ("inputs", "weighted", "outputs"):
+        assert set(getattr(got, what)) == set(getattr(expected, what))
+        for key, gram in getattr(expected, what).items():
+            assert (getattr(got, what)[key].total == gram.total).all(), (what, key)
+
+
+def test_no_room_for_hidden_states(demo_model: Path, chunks: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+    """Catches a full disk found out after hours."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="cannot spill hidden states"):
+        run_checkpoint(demo_model, chunks, max_memory_bytes=0)
+
+
+def test_an_unknown_device(demo_model: Path, chunks: np.ndarray):
+    """Catches a traceback of torch, or a silent fall back to the CPU."""
+    with pytest.raises(UsageError, match="--device mps"):
+        run_checkpoint(demo_model, chunks, device="mps")
+
+
+def test_spikes_and_means_are_sums_of_the_right_tensors(demo_model: Path, chunks: np.ndarray):
+    """Catches spikes of weights other than ffn_down."""
+    spikes, means = Spikes(), OutputMeans()
+    collect_from_checkpoint(demo_model, chunks[:1], [spikes, means], n_threads=THREADS)
+    assert [tensor_role(name).kind for name, _ in spikes.extremes()] == ["ffn_down"] * 6
+    assert len(means.means()) == 42
+    train, holdout = split_holdout(4, 0)
+    assert len(holdout) == 1 and sorted([*train, *holdout]) == [0, 1, 2, 3]
