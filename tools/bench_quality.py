@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -147,8 +147,8 @@ def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row,
     return tuple(done)
 
 
-def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, options: argparse.Namespace) -> list[Section]:
-    """Make a model's files and measure them on each text."""
+def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, options: argparse.Namespace) -> Iterator[Section]:
+    """Make a model's files and measure them on each text; yield the results of a text as soon as they are there."""
     note(f"{name}: {model}")
     reference, notes = reference_gguf(options.reference or model, Settings(n_threads=options.threads))
     for line in notes:
@@ -157,12 +157,10 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
         raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
-    sections = []
     for text in models.resolve_texts(options):
         rows = [Row(candidate, measure(candidate, reference, text, options).quality) for candidate in candidates]
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
-        sections.append(Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs)))
-    return sections
+        yield Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs))
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
@@ -259,8 +257,8 @@ def run(options: argparse.Namespace) -> None:
             for section in run_model(name, model, pairs, folder, options):
                 show(section, markdown=options.markdown)
                 sections.append(to_json(section))
-    if options.json:
-        options.json.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
+                if options.json:  # after each text: what took hours is not lost when a later one fails
+                    options.json.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
