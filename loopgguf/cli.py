@@ -494,9 +494,10 @@ def inspect(
         console.print(report.metadata_table(gguf))
         console.print()
     if inspection.statistics is not None:
-        for part in report.imatrix_report(inspection.statistics):
-            console.print(part)
-            console.print()
+        for part in (*report.imatrix_report(inspection.statistics), report.gram_table(file)):
+            if part is not None:
+                console.print(part)
+                console.print()
         return
     if tensors:
         console.print(report.tensor_table(inspection.files))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.activations import first_scored, score_tokens
+from loopgguf.activations import first_scored
 from loopgguf.container import read_shards
 from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
@@ -233,19 +233,6 @@ def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32],
     return summarize(_concatenate(scores), n_chunks, n_ctx, hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest())
 
 
-def measure_perplexity(path: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Measure:
-    """Return the perplexity of one GGUF, as `llama-perplexity -m` prints it; arguments and errors as in `measure_quality`."""
-    _, n_ctx = _check_shape(tokens)
-    read_shards(path)
-    nll = []
-    with _Runner(path, n_ctx, n_threads) as runner:
-        _check_tokens(tokens, runner.model, path)
-        for number, chunk, targets in _chunks(tokens, "perplexity", progress):
-            logits = runner.logits(chunk, number)
-            nll.append(score_tokens(logits, targets))
-    return _exponential(_mean(np.concatenate(nll)))
-
-
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -253,10 +240,6 @@ def _mean(values: Floats) -> Measure:
     """Return the mean with σ / √n, tokens taken as independent, as upstream does."""
     n = len(values)
     return Measure(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
-
-
-def _scaled(measure: Measure, factor: float) -> Measure:
-    return Measure(measure.value * factor, None if measure.standard_error is None else measure.standard_error * factor)
 
 
 def _exponential(measure: Measure) -> Measure:

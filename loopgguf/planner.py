@@ -127,11 +127,6 @@ def file_bytes(plan: Plan, metadata: Metadata) -> int:
     return plan_layout(metadata, [(row.name, row.type, row.shape) for row in plan.rows]).total_bytes
 
 
-def file_bpw(plan: Plan, metadata: Metadata) -> float:
-    """Return 8 × the bytes of the whole file, header and padding included, over the number of weights."""
-    return 8 * file_bytes(plan, metadata) / max(plan.n_weights, 1)
-
-
 def label_of(file_type: int) -> str:
     """Return the name of the preset that a value of `general.file_type` stands for."""
     return next((preset.name for preset in PRESETS.values() if preset.file_type == file_type), "MIXED")

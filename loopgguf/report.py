@@ -17,11 +17,14 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from loopgguf.accumulators import summarize_layer
+from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Share
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
 from loopgguf.errors import InputError
 from loopgguf.evaluation import Measure, Quality, labelled
 from loopgguf.formats import FORMATS, GgmlType
+from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
 from loopgguf.statistics import Statistics, load_imatrix
@@ -121,6 +124,7 @@ def written_lines(result: WriteResult) -> list[str]:
         lines.append(fallbacks)
     if plan.without_importance:
         lines.append(f"{len(plan.without_importance)} tensors are encoded without imatrix data: {names_text(plan.without_importance)}")
+    lines += [f"{rule}: {n} tensors" for rule, n in plan.reasons.items() if rule.startswith("--")]
     if result.is_dry_run:
         return [*lines, f"dry run: nothing was written; would write {', '.join(str(p) for p in result.paths)}"]
     errors = [log.sampled.relative_error for log in result.logs.values() if log.sampled is not None]
@@ -240,6 +244,24 @@ def tensor_table(files: Sequence[GgufFile]) -> Table:
     result = table("tensor", "shape", "type", "bytes", numbers=("bytes",))
     for info in (t for f in files for t in f.tensors):
         result.add_row(info.name, shape_text(info.shape), info.type.name, f"{info.n_bytes:,}")
+    return result
+
+
+def gram_table(path: Path) -> Table | None:
+    """Return a line per layer of the Gram matrices beside an imatrix: how much of H's and H_w's trace the first token
+    holds, and max/mean of diag(H); None when there are none. A sink shows as shares near 1 in attn_k and attn_v."""
+    if not find_grams(path):
+        return None
+    grams = load_grams(path).train
+    layers = sorted({layer for group, _ in grams.inputs if (layer := tensor_role(group).layer) is not None})
+    summaries = [summarize_layer(layer, grams) for layer in layers]
+    inputs = [kind for kind in ("attn_norm", "ffn_down") if kind in summaries[0].input_shares]
+    weighted = [kind for kind in ("attn_q", "attn_k", "attn_v", "ffn_down") if kind in summaries[0].weighted_shares]
+    columns = [*(f"H {kind}" for kind in inputs), *(f"H_w {kind}" for kind in weighted), *(f"max/mean {kind}" for kind in inputs)]
+    result = table("layer", *columns, title="Gram matrices: share of the trace that the first token holds, and max/mean of diag(H)", numbers=columns)
+    for row in summaries:
+        shares = [*(row.input_shares[kind] for kind in inputs), *(row.weighted_shares[kind] for kind in weighted)]
+        result.add_row(str(row.layer), *(f"{share:.2f}" for share in shares), *(f"{row.diagonal_ratios[kind]:.4g}" for kind in inputs))
     return result
 
 

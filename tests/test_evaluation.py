@@ -15,7 +15,7 @@ from tiny_llama import N_VOCAB, tiny_tokens, write_tiny_llama
 
 from loopgguf import evaluation
 from loopgguf.errors import InputError, QualityError, UsageError
-from loopgguf.evaluation import Scores, compare_paired, measure_perplexity, measure_quality, score_positions, summarize
+from loopgguf.evaluation import Scores, compare_paired, measure_quality, score_positions, summarize
 from loopgguf.llama import Context, Model
 
 N_CTX = 16
@@ -246,7 +246,7 @@ def test_a_file_against_itself(models: dict[str, Path], tokens: NDArray[np.int32
     quality = measure_quality(models["reference"], models["reference"], tokens, n_threads=2)
     assert (quality.mean_kld_nats.value, quality.max_kld_nats.value, quality.rms_dp_percent.value) == (0, 0, 0)
     assert (quality.same_top_percent.value, quality.perplexity_ratio.value) == (100, 1)
-    assert quality.perplexity == quality.reference_perplexity == measure_perplexity(models["reference"], tokens, n_threads=2)
+    assert quality.perplexity == quality.reference_perplexity
 
 
 def test_quality_equals_naive_loops_over_llama_cpp_logits(models: dict[str, Path], tokens: NDArray[np.int32]) -> None:
@@ -295,7 +295,7 @@ def test_other_vocabulary_is_refused(models: dict[str, Path], tokens: NDArray[np
 def test_token_outside_the_vocabulary_is_refused(models: dict[str, Path], tokens: NDArray[np.int32]) -> None:
     """Catches an index error, or a wrong number, for chunks cut with another model's tokenizer."""
     with pytest.raises(InputError, match=rf"got 1 to {N_VOCAB}, expected 0 to {N_VOCAB - 1}"):
-        measure_perplexity(models["reference"], np.where(tokens == tokens.max(), N_VOCAB, tokens).astype(np.int32), n_threads=1)
+        measure_quality(models["near"], models["reference"], np.where(tokens == tokens.max(), N_VOCAB, tokens).astype(np.int32), n_threads=1)
 
 
 def test_logits_that_are_not_finite_are_refused(models: dict[str, Path], tokens: NDArray[np.int32], tmp_path: Path) -> None:
@@ -315,4 +315,4 @@ def test_too_little_text_is_refused(models: dict[str, Path], shape: tuple[int, i
 def test_missing_file_is_named(models: dict[str, Path], tokens: NDArray[np.int32], tmp_path: Path) -> None:
     """Catches a crash in llama.cpp's loader where the strict reader should have spoken first."""
     with pytest.raises(InputError, match=r"absent\.gguf"):
-        measure_perplexity(tmp_path / "absent.gguf", tokens, n_threads=1)
+        measure_quality(tmp_path / "absent.gguf", models["reference"], tokens, n_threads=1)

@@ -16,6 +16,7 @@ from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
 from loopgguf.grams import load_grams
 from loopgguf.planner import TypeRules
+from loopgguf.report import gram_table
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
 
@@ -163,6 +164,8 @@ def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path)
         sums = made.statistics.columns["blk.2.ffn_up.weight"].sum_squares[0]
         assert np.allclose(np.diag(total), sums, rtol=1e-3)
         assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
+        shown = gram_table(made.path)
+        assert shown is not None and shown.row_count == 6
 
 
 def test_error_feedback_lowers_the_kld(demo_model: Path) -> None:
