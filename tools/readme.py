@@ -70,7 +70,8 @@ def quality(*arguments: str) -> str:
 GENERATORS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "quality-demo": lambda: quality(f"--model demo {DEMO_TABLE}"),
-    "quality-smollm2": lambda: quality(f"--model smollm2 {FOUR_BITS}", f"--model smollm2-wide {TWO_BITS}"),
+    "quality-smollm2": lambda: quality(f"--model smollm2 {FOUR_BITS}"),
+    "quality-smollm2-wide": lambda: quality(f"--model smollm2-wide {TWO_BITS}"),
 }
 
 
