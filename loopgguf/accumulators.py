@@ -114,6 +114,11 @@ def plan_passes(bytes_per_layer: Sequence[int], max_memory_bytes: int) -> list[r
     return blocks
 
 
+def gram_shapes(shapes: Mapping[str, tuple[int, ...]], *, has_gradient: bool) -> dict[str, tuple[int, ...]]:
+    """Return the weights, by name with their shapes, of which Gram matrices are kept: the layers', with gradients the embedding."""
+    return {name: shape for name, shape in shapes.items() if len(shape) > 1 and (name.startswith("blk.") or (has_gradient and name == EMBEDDING))}
+
+
 def gram_bytes(shapes: Mapping[str, Sequence[int]], *, has_gradient: bool) -> int:
     """Return the bytes of the square float32 matrices that `GramSums` keeps of these weights, for one set (train or holdout).
 

@@ -13,7 +13,7 @@ width or another number of threads must not change the arithmetic of a block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +72,8 @@ def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None) -> Encode:
     """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]."""
 
     def encode(rows: FloatArray, first: int) -> tuple[ggml.ByteArray, FloatArray]:
-        if not ggml.rows_are_encodable(rows):  # ggml would abort the process; a runaway is no encoding worth having
-            rows = np.clip(np.nan_to_num(rows), -ggml.MAX_WEIGHT, ggml.MAX_WEIGHT)
+        if not ggml.rows_are_encodable(rows):  # ggml would abort the process
+            raise np.linalg.LinAlgError("feedback made the weights that are still to come too large to encode")
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
         packed = ggml.encode_rows(ggml_type, np.ascontiguousarray(rows), weights)
         return packed, ggml.decode_rows(ggml_type, packed)
@@ -174,11 +174,12 @@ class Encoding:
 
     packed: ggml.ByteArray
     damping: Damping | None  # None: the plain encoder's bytes, for feedback did not do better
-    way: str  # `PLAIN`, "columns", or "columns and rows"
+    way: str  # `PLAIN`, "columns", or "columns and rows"; with `FAILED` where feedback could not be tried to the end
     held_out_ratio: float
 
 
 PLAIN = "plain"
+FAILED = "feedback failed"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
 FAST = (Damping(0.1),)
 FULL = (Damping(0.01), Damping(0.05), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True))
@@ -192,7 +193,8 @@ def encode_guarded(
     row as well, judged by the held-out matrices.
 
     W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those
-    tried on a sample of rows; the best of them encodes the tensor. Raises nothing of its own.
+    tried on a sample of rows; the best of them encodes the tensor. Where feedback cannot be computed (a matrix that is not
+    positive definite, weights that run away) the plain encoding stays, and `way` says so.
     """
     plain = ggml.encode_rows(ggml_type, W, importance)
     best = Encoding(plain, None, PLAIN, 1.0)
@@ -201,13 +203,16 @@ def encode_guarded(
         return best
     objective = curvature.objective()
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
-    damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
-    H = damped(objective, damping)
-    for way, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
-        if way == "columns" or H_O is not None:
-            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
-            ratio = curvature.estimate(decoded - W) / plain_error
-            best = Encoding(packed, damping, way, ratio) if ratio < best.held_out_ratio else best
+    try:
+        damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
+        H = damped(objective, damping)
+        for way, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
+            if way == "columns" or H_O is not None:
+                packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
+                ratio = curvature.estimate(decoded - W) / plain_error
+                best = Encoding(packed, damping, way, ratio) if ratio < best.held_out_ratio else best
+    except np.linalg.LinAlgError:
+        return replace(best, way=f"{best.way} ({FAILED})")
     return best
 
 

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 from loopgguf import ggml
 from loopgguf.accumulators import EMBEDDING
 from loopgguf.architectures import tensor_role
-from loopgguf.checkpoint import cache_path, content_key
+from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.errors import InputError
 from loopgguf.formats import FLOAT_TYPES, FORMATS, QUANTIZED_TYPES, GgmlType, fits_row
 from loopgguf.presets import requires_imatrix
@@ -320,9 +319,7 @@ def _load(path: Path) -> dict[GgmlType, _Numbers | None]:
 
 
 def _save(path: Path, numbers: Mapping[GgmlType, _Numbers | None]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({ggml_type.name: values for ggml_type, values in sorted(numbers.items())}), encoding="utf-8")
-    part.replace(path)
+    write_cached(path, json.dumps({ggml_type.name: values for ggml_type, values in sorted(numbers.items())}).encode())
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

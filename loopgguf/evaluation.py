@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +179,7 @@ def _check_same_vocabulary(candidate: Path, reference: Path) -> None:
         raise InputError(
             f"vocabulary of {candidate}: got {len(ours)} tokens, expected the {len(theirs)} of {reference}. Give the model it was made from as reference"
         )
-    for i, (got, expected) in enumerate(zip_longest(ours, theirs)):
+    for i, (got, expected) in enumerate(zip(ours, theirs, strict=True)):
         if got != expected:
             raise InputError(f"token {i} of {candidate}: got {got!r}, expected {expected!r} as in {reference}. Give the model it was made from as reference")
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, split_holdout
+from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, gram_shapes, split_holdout
 from loopgguf.architectures import input_group
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Damping, LossCurvature, Matrix
@@ -82,12 +82,12 @@ def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, 
     Raises UsageError for a GGUF source; else as `layerwise.collect_gradients`.
     """
     refuse_without_gradients(source)
-    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) > 1 and (t.name.startswith("blk.") or t.name == EMBEDDING)}
+    shapes = gram_shapes({tensor.name: tensor.shape for tensor in source.tensors}, has_gradient=True)
     _refuse_too_large(2 * gram_bytes(shapes, has_gradient=True))
     _, holdout = split_holdout(chunks.n_chunks, SEED)
     train, held_out = GramSums(), GramSums()
     split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
-    run = collect_gradients(source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, progress=progress)
+    run = collect_gradients(source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, documents=chunks.documents, progress=progress)
     grams = GramStatistics(train.take(), held_out.take(), tuple(sorted(split.chunks)), SEED, SEED, chunks.fingerprint)
     return Feedback(grams, _DAMPINGS[compensate], run)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, PassResult, split_holdout
+from loopgguf.accumulators import EMBEDDING, PassResult, gram_shapes, split_holdout
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
 from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
@@ -64,8 +64,16 @@ class ImatrixResult:
 
 
 def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
-    """Return the calibration text that a request means, cut into chunks."""
-    return cut_text(source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed)
+    """Return the calibration text that a request means, cut into chunks; says it where an engine will not see the
+    documents' edges."""
+    chunks = cut_text(
+        source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed
+    )
+    if chunks.documents is None or source.is_checkpoint:
+        return chunks
+    return replace(
+        chunks, notes=(*chunks.notes, "documents share a chunk, and for a GGUF attention goes across their edges; a checkpoint folder keeps them apart")
+    )
 
 
 def _calibration_notes(chunks: Chunks) -> list[str]:
@@ -98,7 +106,7 @@ def _run_grams(
 ) -> PassResult:
     """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
     refuse_existing_grams(output, overwrite=overwrite)
-    shapes = {t.name: t.shape for t in source.tensors if len(t.shape) > 1 and (t.name.startswith("blk.") or (request.gradient and t.name == EMBEDDING))}
+    shapes = gram_shapes({tensor.name: tensor.shape for tensor in source.tensors}, has_gradient=request.gradient)
     check_disk(output.absolute().parent, stored_bytes(shapes, has_gradient=request.gradient))
     _, holdout = split_holdout(chunks.n_chunks, request.seed)
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
@@ -150,6 +158,8 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     if request.gradient:
         refuse_without_gradients(source)
     refuse_same_file(output, (*source.files, *request.in_files))
+    if request.gram and request.process_output and source.is_checkpoint:
+        raise UsageError("--process-output and --gram do not go together for a checkpoint folder: make the Gram matrices in a run of their own")
     chunks = calibration_chunks(source, request, settings)
 
     def save(collected: Statistics) -> None:
@@ -239,7 +249,7 @@ def made_importance(source: Source, request: ImatrixRequest, settings: Settings,
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
     found = _load_cached(cached)
     if found is not None:
-        notes = [f"imatrix: taken from {cached}, made before from the same model and {text}"]
+        notes = [f"imatrix: taken from {cached}, made before from the same model and {text}", *_calibration_notes(chunks)]
     elif dry_run:
         planned = planned_importance(source)
         origin = replace(planned.origin, datasets=chunks.names, n_chunks=chunks.n_chunks)

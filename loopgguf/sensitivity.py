@@ -9,6 +9,7 @@ Knows no types and decides nothing. Sums are small, so one pass serves any numbe
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from loopgguf.accumulators import EMBEDDING, GramSet, refuse_non_finite, to_numpy
 from loopgguf.architectures import tensor_role
+from loopgguf.checkpoint import write_cached
 
 FloatArray = NDArray[np.float32]
 
@@ -118,10 +120,9 @@ def save_sensitivities(sensitivities: Sensitivities, path: Path) -> None:
     arrays: dict[str, Any] = {}
     for name, found in sensitivities.by_name.items():
         arrays[f"rows/{name}"], arrays[f"columns/{name}"] = found.row_weights, found.column_weights
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        np.savez(stream, **arrays)
-    part.replace(path)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_cached(path, stream.getvalue())
 
 
 def load_sensitivities(path: Path, fingerprint: str) -> Sensitivities | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key
-from loopgguf.container import read_shards, refuse_existing
 from loopgguf.evaluation import Quality, measure_quality
 from loopgguf.feedback import Compensate, refuse_without_gradients
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
@@ -51,8 +50,6 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     does not pass its checks.
     """
     request, settings = request or QuantizeRequest(), settings or Settings()
-    if output is not None and not request.keep_split and not request.dry_run:
-        refuse_existing(output, overwrite=settings.overwrite)
     source, notes = open_model(model, settings)
     if request.compensate is not Compensate.OFF:
         refuse_without_gradients(source)
@@ -154,9 +151,8 @@ def evaluate(
     settings, side by side; no logit file is written. Raises InputError for bad files, texts or different vocabularies.
     """
     settings = settings or Settings()
-    read_shards(candidate)  # a bad file is refused before a reference is converted for it
+    source = open_source(candidate)  # first: a bad file is refused before a reference is converted for it
     reference_path, notes = reference_gguf(reference, settings)
-    source = open_source(candidate)
     chunks = cut_text(source, files, "heldout", ctx_size, n_chunks, settings)
     calibrated_on = source.metadata.get("quantize.imatrix.dataset")
     overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []

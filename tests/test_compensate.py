@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopgguf import compensate as compensate_module
 from loopgguf import ggml
 from loopgguf.compensate import ROW_BLOCK, Columns, Damping, compensate, damped, feedback_factor, weighted_error
 from loopgguf.formats import GgmlType
@@ -115,6 +116,20 @@ def test_the_objective_falls(ggml_type: GgmlType) -> None:
     plain = ggml.decode_rows(ggml_type, ggml.encode_rows(ggml_type, W, importance))
     _, decoded = compensate(W, ggml_type, H, importance=importance)
     assert weighted_error(decoded - W, H) < 0.9 * weighted_error(plain - W, H)
+
+
+def test_feedback_that_fails_leaves_the_plain_bytes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback in the middle of a model, or a failure that nobody hears of."""
+
+    def fail(H: np.ndarray) -> np.ndarray:
+        raise np.linalg.LinAlgError
+
+    W = np.random.default_rng(15).normal(size=(4, 256)).astype(np.float32)
+    H, ones = _covariance(256, 16, 300), np.ones(256, np.float32)
+    monkeypatch.setattr(compensate_module, "feedback_factor", fail)
+    encoding = compensate_module.encode_guarded(W, GgmlType.Q4_0, ones, compensate_module.LossCurvature(H=H, held_out=H))
+    assert np.array_equal(encoding.packed, ggml.encode_rows(GgmlType.Q4_0, W, ones))
+    assert (encoding.way, encoding.damping) == ("plain (feedback failed)", None)
 
 
 @settings(max_examples=30, deadline=None)
