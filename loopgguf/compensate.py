@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,10 @@ from scipy import linalg
 
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
+from loopgguf.grids import Grid, find_grid
+
+if TYPE_CHECKING:
+    from loopgguf.rounding import Rounding
 
 FloatArray = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -81,29 +86,50 @@ def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None) -> Encode:
     return encode
 
 
-def block_width(ggml_type: GgmlType) -> int:
-    """Return how many columns of this type are encoded before their error is fed back: one ggml block."""
-    return FORMATS[ggml_type].block
+@dataclass(frozen=True)
+class Effort:
+    """How hard feedback tries.
+
+    dampings: those tried on a sample of rows; the best of them encodes the tensor. max_sweeps: 0 hands errors from block
+    to block around the encoder; else the codes inside a block are chosen one after the other too, with the scales that
+    the encoder found, and then in the light of all others, at most so many times.
+    """
+
+    dampings: tuple[Damping, ...]
+    max_sweeps: int = 0
 
 
 class Columns:
-    """Feedback along the rows: everything that depends on H and the width alone, computed once for many rows."""
+    """Feedback along the rows: everything that depends on H, the width of a block and the effort alone, computed once for many rows."""
 
-    def __init__(self, H: Matrix, width: int) -> None:
-        self.width, self.n_in = width, len(H)
-        U = feedback_factor(H)
-        self._carries = [_carry(U, start, min(start + width, self.n_in)).astype(np.float32) for start in range(0, self.n_in, width)]
+    def __init__(self, H: Matrix, width: int, grid: Grid | None = None, max_sweeps: int = 0) -> None:
+        self.width, self.max_sweeps = width, max_sweeps
+        U, starts = feedback_factor(H), range(0, len(H), width)
+        self._carries = [_carry(U, start, start + width).astype(np.float32) for start in starts]
+        self.rounding: Rounding | None = None
+        if max_sweeps and grid is not None:
+            from loopgguf.rounding import Rounding  # here, because numba takes its time to be imported
+
+            self.rounding = Rounding(grid, H)
+            self._factors = [np.ascontiguousarray(U[start : start + width, start : start + width]) for start in starts]
 
     def encode(self, W: FloatArray, encode: Encode, out: ggml.ByteArray) -> FloatArray:
         """Encode W (n, n_in) block by block into `out` (n, row bytes); return what it decodes to, (n, n_in) float32."""
         target, decoded, position = W.astype(np.float32), np.empty_like(W), 0
-        for start, carry in zip(range(0, self.n_in, self.width), self._carries, strict=True):
-            stop = min(start + self.width, self.n_in)
-            packed, decoded[:, start:stop] = encode(target[:, start:stop], start)
+        for b, carry in enumerate(self._carries):
+            columns = slice(b * self.width, (b + 1) * self.width)
+            packed, decoded[:, columns] = encode(target[:, columns], columns.start)
+            if self.rounding is not None:
+                packed = self.rounding.round_block(packed, target[:, columns], self._factors[b])
+                decoded[:, columns] = self.rounding.decode(packed)
             out[:, position : position + packed.shape[1]] = packed
             position += packed.shape[1]
-            target[:, stop:] += (decoded[:, start:stop] - target[:, start:stop]) @ carry
-        return decoded
+            target[:, columns.stop :] += (decoded[:, columns] - target[:, columns]) @ carry
+        if self.rounding is None:
+            return decoded
+        G = (decoded - W).astype(np.float64) @ self.rounding.H
+        out[:], _ = self.rounding.descend(out, G, np.eye(len(W)), self.max_sweeps)
+        return self.rounding.decode(out)
 
 
 def compensate(
@@ -113,15 +139,17 @@ def compensate(
     *,
     importance: FloatArray,
     H_O: Matrix | None = None,
+    max_sweeps: int = 0,
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
     W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
     encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
+    leaves the rows to themselves. max_sweeps: as in `Effort`. Raises numpy.linalg.LinAlgError when a matrix is not
+    positive definite.
     """
     n_out, n_in = W.shape
-    columns, encode = Columns(H, block_width(ggml_type)), ggml_encoder(ggml_type, importance)
+    columns, encode = Columns(H, FORMATS[ggml_type].block, find_grid(ggml_type), max_sweeps), ggml_encoder(ggml_type, importance)
     packed = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8)
     if H_O is None:
         return packed, columns.encode(W, encode, packed)
@@ -131,7 +159,23 @@ def compensate(
         stop = min(start + ROW_BLOCK, n_out)
         decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
         target[stop:] += _carry(U, start, stop).astype(np.float32).T @ (decoded[start:stop] - target[start:stop])
+    if columns.rounding is not None:
+        _descend_both(W, ggml_type, packed, decoded, columns.rounding, H_O, max_sweeps)
     return packed, decoded
+
+
+def _descend_both(W: FloatArray, ggml_type: GgmlType, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, max_sweeps: int) -> None:
+    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place."""
+    for _ in range(max_sweeps):
+        n_moves = 0
+        for start in range(0, len(W), ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            G = H_O[rows] @ (decoded - W) @ rounding.H
+            packed[rows], n = rounding.descend(packed[rows], G, np.ascontiguousarray(H_O[rows, rows]), 1)
+            decoded[rows] = rounding.decode(packed[rows])
+            n_moves += n
+        if n_moves == 0:
+            return
 
 
 # --- choosing and accepting -------------------------------------------------------------------------------------------
@@ -181,45 +225,43 @@ class Encoding:
 PLAIN = "plain"
 FAILED = "feedback failed"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
-FAST = (Damping(0.1),)
-FULL = (Damping(0.01), Damping(0.05), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True))
+FAST = Effort((Damping(0.1),))
+FULL = Effort((Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), max_sweeps=8)
 PROBE_ROWS = 128  # on which dampings are compared
 
 
-def encode_guarded(
-    W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST
-) -> Encoding:
-    """Return the best of the plain encoding, the one with feedback along the rows, and that with feedback from row to
-    row as well, judged by the held-out matrices.
+def encode_guarded(W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, effort: Effort = FAST) -> Encoding:
+    """Return W with feedback along the rows and from row to row; where the held-out matrices say that this is no better
+    than the plain encoding, along the rows alone; and where that is no better either, the plain encoding.
 
-    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those
-    tried on a sample of rows; the best of them encodes the tensor. Where feedback cannot be computed (a matrix that is not
-    positive definite, weights that run away) the plain encoding stays, and `way` says so.
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. Where feedback
+    cannot be computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and
+    `way` says so.
     """
-    plain = ggml.encode_rows(ggml_type, W, importance)
-    best = Encoding(plain, None, PLAIN, 1.0)
-    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain) - W)
+    plain = Encoding(ggml.encode_rows(ggml_type, W, importance), None, PLAIN, 1.0)
+    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
-        return best
+        return plain
     objective = curvature.objective()
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
+    ways = {"columns and rows": damped(curvature.H_O, ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
-        damping = _best_damping(W, ggml_type, inner, objective, curvature, dampings)
+        damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
         H = damped(objective, damping)
-        for way, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
-            if way == "columns" or H_O is not None:
-                packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
-                ratio = curvature.estimate(decoded - W) / plain_error
-                best = Encoding(packed, damping, way, ratio) if ratio < best.held_out_ratio else best
+        for way, H_O in {**ways, "columns": None}.items():
+            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, max_sweeps=effort.max_sweeps)
+            ratio = curvature.estimate(decoded - W) / plain_error
+            if ratio < 1:
+                return Encoding(packed, damping, way, ratio)
     except np.linalg.LinAlgError:
-        return replace(best, way=f"{best.way} ({FAILED})")
-    return best
+        return replace(plain, way=f"{PLAIN} ({FAILED})")
+    return plain
 
 
 def _best_damping(
     W: FloatArray, ggml_type: GgmlType, importance: FloatArray, objective: Matrix, curvature: LossCurvature, dampings: tuple[Damping, ...]
 ) -> Damping:
-    """Return the damping whose feedback along a sample of rows has the least held-out error."""
+    """Return the damping whose feedback along a sample of rows, around the encoder, has the least held-out error."""
     if len(dampings) == 1:
         return dampings[0]
     rows = np.ascontiguousarray(W[:: max(1, len(W) // PROBE_ROWS)])

@@ -18,7 +18,7 @@ import numpy as np
 from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, gram_shapes, split_holdout
 from loopgguf.architectures import input_group
 from loopgguf.calibration import Chunks
-from loopgguf.compensate import FAST, FULL, Damping, LossCurvature, Matrix
+from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
 from loopgguf.errors import UsageError
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.layerwise import collect_gradients
@@ -32,22 +32,22 @@ MIN_TOKENS_PER_COLUMN = 8  # below it a covariance is noise: the plain encoder's
 
 
 class Compensate(StrEnum):
-    """How hard error feedback tries: not at all, one damping for all tensors, or the best of several for each."""
+    """How hard error feedback tries: not at all, around the encoder, or down to single codes with the best damping for each tensor."""
 
     OFF = "off"
     FAST = "fast"
     FULL = "full"
 
 
-_DAMPINGS: dict[Compensate, tuple[Damping, ...]] = {Compensate.FAST: FAST, Compensate.FULL: FULL}
+_EFFORTS = {Compensate.FAST: FAST, Compensate.FULL: FULL}
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the encoders are told: the Gram matrices of a model, the dampings to try, and the pass that found them."""
+    """What the encoders are told: the Gram matrices of a model, how hard to try, and the pass that found them."""
 
     grams: GramStatistics
-    dampings: tuple[Damping, ...]
+    effort: Effort
     run: PassResult
 
     def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[], LossCurvature] | None:
@@ -89,7 +89,7 @@ def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, 
     split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
     run = collect_gradients(source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, documents=chunks.documents, progress=progress)
     grams = GramStatistics(train.take(), held_out.take(), tuple(sorted(split.chunks)), SEED, SEED, chunks.fingerprint)
-    return Feedback(grams, _DAMPINGS[compensate], run)
+    return Feedback(grams, _EFFORTS[compensate], run)
 
 
 def _is_known(grams: GramStatistics, name: str) -> bool:

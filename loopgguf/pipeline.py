@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from loopgguf import ggml
-from loopgguf.compensate import FAST, Damping, LossCurvature, encode_guarded
+from loopgguf.compensate import FAST, Damping, Effort, LossCurvature, encode_guarded
 from loopgguf.container import PartFile, TensorInfo
 from loopgguf.errors import InputError, QualityError
 from loopgguf.formats import FLOAT_TYPES, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, row_bytes
@@ -88,7 +88,7 @@ class Job:
     part: PartFile
     info: TensorInfo
     curvature: Callable[[], LossCurvature] | None = None
-    dampings: tuple[Damping, ...] = FAST
+    effort: Effort = FAST
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, Feedbac
     job, target = slab.job, slab.job.row.type
     if job.curvature is None:
         return ggml.encode_rows(target, rows, slab.importance), None
-    encoding = encode_guarded(rows, target, slab.importance, job.curvature(), job.dampings)
+    encoding = encode_guarded(rows, target, slab.importance, job.curvature(), job.effort)
     return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
 
 

@@ -120,7 +120,7 @@ def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: Par
     if feedback is None:
         return jobs
     is_tied = OUTPUT not in tensors
-    return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), dampings=feedback.dampings) for job in jobs]
+    return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=feedback.effort) for job in jobs]
 
 
 def _write(

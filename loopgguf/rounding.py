@@ -1,0 +1,341 @@
+"""Which code is best: error feedback inside a block, and descents over the codes of whole rows, as compiled loops.
+
+A row of weights t is to be met by ŵ = sign · scale · point + offset (`grids.py`), its error e = ŵ − t costing eᵀ H e.
+`round_block` goes through a block from left to right and hands each unit's error to the columns after it through U,
+H⁻¹ = Uᵀ U (GPTQ, arXiv 2210.17323); `descend` moves one unit at a time to what is best given all others, until none
+moves. The columns of a codebook unit are chosen as a whole, point and signs together, with the even number of negatives
+that some types demand. Rows have nothing to do with each other, so no result depends on a slab or a thread.
+Knows no bytes and no files. Compiled by numba when first used, which keeps it for the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from loopgguf import ggml
+from loopgguf.ggml import ByteArray, FloatArray
+from loopgguf.grids import Codes, Grid, pack, read_scales, unpack
+
+Matrix = NDArray[np.float64]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _compiled(loop: _F) -> _F:
+    """Return a loop compiled for the types of its arguments; numba's own decorator says nothing to a type checker."""
+    return cast(_F, njit(nogil=True, cache=True)(loop))
+
+
+@_compiled
+def nearest_level(x: Any, levels: Any, is_uniform: Any) -> Any:
+    """Return the place of the level nearest to x among ascending ones, which are 1 apart where `is_uniform`."""
+    n = len(levels)
+    if is_uniform:
+        return min(max(int(np.rint(x - levels[0])), 0), n - 1)
+    best = 0
+    for k in range(1, n):
+        if x > 0.5 * (levels[k - 1] + levels[k]):
+            best = k
+    return best
+
+
+@_compiled
+def nearest_point(x: Any, M: Any, points: Any, turn: Any) -> Any:
+    """Return (point, column, cost) of the point nearest to x ≥ 0 under the diagonal of the metric M.
+
+    With `turn`, one column must have the other sign than x: `column` is the one that costs least, else −1.
+    """
+    best, best_column, best_cost = 0, -1, np.inf
+    for p in range(len(points)):
+        cost, least, column = 0.0, np.inf, -1
+        for j in range(len(x)):
+            error = points[p, j] - x[j]
+            cost += M[j, j] * error * error
+            if turn and M[j, j] * x[j] * points[p, j] < least:  # (p + x)² − (p − x)² = 4 p x
+                least, column = M[j, j] * x[j] * points[p, j], j
+        if turn:
+            cost += 4 * least
+        if cost < best_cost:
+            best, best_column, best_cost = p, column, cost
+    return best, best_column, best_cost
+
+
+@_compiled
+def choose_unsigned(x: Any, M: Any, points: Any) -> Any:
+    """Return the point nearest to x under the whole metric M."""
+    best, best_cost = 0, np.inf
+    for p in range(len(points)):
+        cost = 0.0
+        for j in range(len(x)):
+            error = points[p, j] - x[j]
+            part = 0.5 * M[j, j] * error
+            for k in range(j):
+                part += M[j, k] * (points[p, k] - x[k])
+            cost += error * part
+        if cost < best_cost:
+            best, best_cost = p, cost
+    return best
+
+
+@_compiled
+def choose_signed(x: Any, M: Any, points: Any, has_parity: Any, index: Any, negative: Any) -> None:
+    """Set the points `index` and signs of the columns x: signs of x itself, one of them turned where their number must be even."""
+    n, unit = len(x), points.shape[1]
+    is_odd = False
+    for j in range(n):
+        negative[j] = x[j] < 0
+        is_odd ^= x[j] < 0
+    magnitudes = np.abs(x)
+    turned, turned_column, turned_point, loss = -1, -1, -1, np.inf
+    for u in range(n // unit):
+        part, metric = magnitudes[u * unit : (u + 1) * unit], M[u * unit : (u + 1) * unit, u * unit : (u + 1) * unit]
+        point, _, cost = nearest_point(part, metric, points, False)
+        index[u] = point
+        if has_parity and is_odd:
+            point, column, other = nearest_point(part, metric, points, True)
+            if other - cost < loss:
+                turned, turned_column, turned_point, loss = u, column, point, other - cost
+    if turned >= 0:
+        index[turned] = turned_point
+        negative[turned * unit + turned_column] ^= True
+
+
+@_compiled
+def round_scalar_block(T: Any, U: Any, scale: Any, offset: Any, levels: Any, is_uniform: Any, place: Any) -> None:
+    """Choose the places of a block's levels, all (n, width); T are the weights to meet, and ends as what was met."""
+    n, width = T.shape
+    for i in range(n):
+        for j in range(width):
+            s, o, w = scale[i, j], offset[i, j], T[i, j]
+            if s != 0:
+                place[i, j] = nearest_level((w - o) / s, levels, is_uniform)
+            T[i, j] = s * levels[place[i, j]] + o
+            carried = (w - T[i, j]) / U[j, j]
+            for k in range(j + 1, width):
+                T[i, k] -= carried * U[j, k]
+
+
+@_compiled
+def choose(x: Any, M: Any, points: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any) -> None:
+    """Set the points `index` and the signs of a run of columns x that are chosen together, under the metric M."""
+    if has_signs:
+        choose_signed(x, M, points, has_parity, index, negative)
+    else:
+        index[0] = choose_unsigned(x, M, points)
+
+
+@_compiled
+def _values(scale: Any, points: Any, index: Any, negative: Any, out: Any) -> None:
+    """Set `out` to what a run of columns is without its offset."""
+    unit = points.shape[1]
+    for j in range(len(out)):
+        v = scale * points[index[j // unit], j % unit]
+        out[j] = -v if negative[j] else v
+
+
+@_compiled
+def round_unit_block(
+    T: Any, U: Any, metrics: Any, inverses: Any, scale: Any, offset: Any, points: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any
+) -> None:
+    """The same for codes of several columns. metrics, inverses: U_bb⁻¹ U_bb⁻ᵀ and U_bb⁻¹ of each run of columns chosen together."""
+    n, width = T.shape
+    unit, step = points.shape[1], metrics.shape[1]
+    met, missed = np.empty(step), np.empty(step)
+    for i in range(n):
+        for b in range(width // step):
+            first, stop = b * step, (b + 1) * step
+            s, o = scale[i, first], offset[i, first]
+            mine, signs = index[i, first // unit : stop // unit], negative[i, first:stop]
+            if s != 0:
+                choose((T[i, first:stop] - o) / s, metrics[b], points, has_signs, has_parity, mine, signs)
+            _values(s, points, mine, signs, met)
+            missed[:] = T[i, first:stop] - (met + o)
+            T[i, first:stop] -= missed
+            for j in range(step):
+                carried = 0.0
+                for k in range(j + 1):
+                    carried += missed[k] * inverses[b, k, j]
+                for k in range(stop, width):
+                    T[i, k] -= carried * U[first + j, k]
+
+
+@_compiled
+def _spread(G: Any, i: Any, before: Any, coupling: Any) -> None:
+    """Let the rows after row i know how its gradient changed: what row i did, they feel through the coupling of rows."""
+    for k in range(i + 1, len(G)):
+        part = coupling[k, i] / coupling[i, i]
+        if part != 0:
+            for j in range(G.shape[1]):
+                G[k, j] += part * (G[i, j] - before[j])
+
+
+@_compiled
+def descend_scalar(G: Any, H: Any, coupling: Any, scale: Any, offset: Any, levels: Any, is_uniform: Any, place: Any, max_sweeps: Any) -> Any:
+    """Move one level at a time where that lowers tr(C E H Eᵀ), C (n, n) the coupling of rows; return how many moved.
+
+    G = C E H, (n, n_in), is kept up, for the rows at hand and within them.
+    """
+    n, n_in = G.shape
+    n_moves = 0
+    for i in range(n):
+        before_row = G[i].copy()
+        for _ in range(max_sweeps):
+            before = n_moves
+            for j in range(n_in):
+                s = scale[i, j]
+                if s == 0:
+                    continue
+                level, curvature = levels[place[i, j]], coupling[i, i] * H[j, j]
+                q = nearest_level(level - G[i, j] / (curvature * s), levels, is_uniform)
+                change = s * (levels[q] - level)
+                if change * (2 * G[i, j] + change * curvature) < 0:
+                    place[i, j] = q
+                    change *= coupling[i, i]
+                    for k in range(n_in):
+                        G[i, k] += change * H[j, k]
+                    n_moves += 1
+            if n_moves == before:
+                break
+        _spread(G, i, before_row, coupling)
+    return n_moves
+
+
+@_compiled
+def _gain(g: Any, M: Any, curvature: Any, now: Any, then: Any) -> Any:
+    """Return by how much tr(C E H Eᵀ) changes when a run of columns goes from `now` to `then`."""
+    gain = 0.0
+    for j in range(len(now)):
+        part = 2 * g[j]
+        for k in range(len(now)):
+            part += curvature * M[j, k] * (then[k] - now[k])
+        gain += (then[j] - now[j]) * part
+    return gain
+
+
+@_compiled
+def _step_down(g: Any, inverse: Any, curvature: Any, now: Any, wish: Any) -> None:
+    """Set `wish` to what a run of columns would best be if it could be anything: a Newton step from `now`."""
+    for j in range(len(now)):
+        wish[j] = now[j]
+        for k in range(len(now)):
+            wish[j] -= inverse[j, k] * g[k] / curvature
+
+
+@_compiled
+def descend_units(
+    G: Any,
+    H: Any,
+    coupling: Any,
+    metrics: Any,
+    inverses: Any,
+    scale: Any,
+    points: Any,
+    has_signs: Any,
+    has_parity: Any,
+    index: Any,
+    negative: Any,
+    max_sweeps: Any,
+) -> Any:
+    """The same for codes of several columns. metrics, inverses: H_bb and H_bb⁻¹ of each run of columns chosen together."""
+    n, n_in = G.shape
+    unit, step = points.shape[1], metrics.shape[1]
+    now, then, wish = np.empty(step), np.empty(step), np.empty(step)
+    mine, signs = np.empty(step // unit, index.dtype), np.zeros(step, negative.dtype)
+    n_moves = 0
+    for i in range(n):
+        before_row, c = G[i].copy(), coupling[i, i]
+        for _ in range(max_sweeps):
+            before = n_moves
+            for b in range(n_in // step):
+                first, stop = b * step, (b + 1) * step
+                s, old, old_signs = scale[i, first], index[i, first // unit : stop // unit], negative[i, first:stop]
+                if s == 0:
+                    continue
+                _values(s, points, old, old_signs, now)
+                _step_down(G[i, first:stop], inverses[b], c, now, wish)
+                choose(wish / s, metrics[b], points, has_signs, has_parity, mine, signs)
+                _values(s, points, mine, signs, then)
+                if _gain(G[i, first:stop], metrics[b], c, now, then) < 0:
+                    old[:] = mine
+                    old_signs[:] = signs
+                    for j in range(step):
+                        for k in range(n_in):
+                            G[i, k] += c * (then[j] - now[j]) * H[first + j, k]
+                    n_moves += 1
+            if n_moves == before:
+                break
+        _spread(G, i, before_row, coupling)
+    return n_moves
+
+
+# --- on packed rows ---------------------------------------------------------------------------------------------------
+
+
+class Rounding:
+    """The loops above for one type and one H (n_in, n_in), float64, on packed rows."""
+
+    def __init__(self, grid: Grid, H: Matrix) -> None:
+        self.grid, self.H = grid, np.ascontiguousarray(H)
+        levels = grid.points[:, 0].astype(np.float64)
+        self._order = np.argsort(levels, kind="stable")
+        self._levels, self._place_of = levels[self._order], np.argsort(self._order)
+        self._is_uniform = bool((np.diff(self._levels) == 1).all())
+        self._points = grid.points.astype(np.float64)
+        self._step = 8 if grid.has_parity else grid.unit
+        self._metrics = _diagonal_blocks(self.H, self._step)
+        self._inverses = np.linalg.inv(self._metrics)
+
+    def decode(self, packed: ByteArray) -> FloatArray:
+        """Return what packed rows decode to, (n, n_in) float32."""
+        return ggml.decode_rows(self.grid.type, np.ascontiguousarray(packed))
+
+    def round_block(self, packed: ByteArray, target: FloatArray, U: Matrix) -> ByteArray:
+        """Return a block's packed rows with codes chosen from left to right.
+
+        target (n, width) float32: the weights they are to meet. U (width, width): the block's part of U.
+        """
+        scales, T = read_scales(self.grid, packed), target.astype(np.float64)
+        if self.grid.unit == 1:
+            place = self._place_of[unpack(self.grid, packed).index]
+            round_scalar_block(T, U, scales.scale, scales.offset, self._levels, self._is_uniform, place)
+            return self._pack_places(place, packed)
+        codes, negative = self._unpack_units(packed)
+        inverses = np.linalg.inv(_diagonal_blocks(U, self._step))
+        metrics = inverses @ inverses.transpose(0, 2, 1)
+        signed = (codes.is_negative is not None, self.grid.has_parity)
+        round_unit_block(T, U, metrics, inverses, scales.scale, scales.offset, self._points, *signed, codes.index, negative)
+        return pack(self.grid, codes, packed)
+
+    def descend(self, packed: ByteArray, G: Matrix, coupling: Matrix, max_sweeps: int) -> tuple[ByteArray, int]:
+        """Return packed rows with single codes moved until none is better elsewhere, or `max_sweeps` are done, and the moves.
+
+        G (n, n_in): C E H, half the gradient of tr(C E H Eᵀ) with C the coupling of all rows; coupling (n, n): C among these.
+        """
+        scales = read_scales(self.grid, packed)
+        if self.grid.unit == 1:
+            place = self._place_of[unpack(self.grid, packed).index]
+            n_moves = descend_scalar(G, self.H, coupling, scales.scale, scales.offset, self._levels, self._is_uniform, place, max_sweeps)
+            return self._pack_places(place, packed), n_moves
+        codes, negative = self._unpack_units(packed)
+        signed = (codes.is_negative is not None, self.grid.has_parity)
+        n_moves = descend_units(G, self.H, coupling, self._metrics, self._inverses, scales.scale, self._points, *signed, codes.index, negative, max_sweeps)
+        return pack(self.grid, codes, packed), n_moves
+
+    def _pack_places(self, place: NDArray[np.intp], packed: ByteArray) -> ByteArray:
+        return pack(self.grid, Codes(self._order[place].astype(np.int32)), packed)
+
+    def _unpack_units(self, packed: ByteArray) -> tuple[Codes, NDArray[np.bool_]]:
+        """Return the codes, and their signs as an array in any case: the loops take no None."""
+        codes = unpack(self.grid, packed)
+        none = np.zeros((len(codes.index), codes.index.shape[1] * self.grid.unit), np.bool_)
+        return codes, none if codes.is_negative is None else codes.is_negative
+
+
+def _diagonal_blocks(M: Matrix, width: int) -> Matrix:
+    """Return the blocks on the diagonal of M, (n / width, width, width)."""
+    return np.stack([M[i : i + width, i : i + width] for i in range(0, len(M), width)])
