@@ -11,6 +11,7 @@ Sources: tools/imatrix/imatrix.cpp (what is collected, perplexity), ggml/include
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, HEAD, PHASE, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers
 from loopgguf.llama import Context, Model
+from loopgguf.progress import Meter, Progress
 
 __all__ = [
     "Accumulator",
@@ -60,7 +62,6 @@ __all__ = [
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
 GramSink = Callable[[int | None, GramSet, GramSet], None]  # layer (None: what belongs to none), train, holdout
 
 MIN_ROWS = 16  # llama-imatrix ignores smaller batches of a plain matmul
@@ -279,6 +280,8 @@ def collect_from_gguf(
     audience = Audience(accumulators, split)
     watcher = _Watcher(audience, process_output=process_output, wants=wants)
     losses = [] if losses is None else losses
+    meter = Meter(progress, PHASE, chunks.size, n_chunks)
+    meter.reach(len(losses))
     with Model(path) as model, Context(model, n_ctx, n_threads=n_threads, callback=watcher) as context, ThreadPoolExecutor(n_threads) as pool:
         for i in range(len(losses), n_chunks):
             watcher.begin_chunk(i)
@@ -288,8 +291,7 @@ def collect_from_gguf(
             losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], chunks[i, first + 1 :]))
             if on_chunk is not None:
                 on_chunk(i)
-            if progress is not None:
-                progress(PHASE, i + 1, n_chunks)
+            meter.step(perplexity=math.exp(min(float(np.mean(losses)), 700.0)))
     return summarize_pass(np.concatenate(losses))
 
 

@@ -138,7 +138,7 @@ class _ProgressBars:
     def __init__(self, stack: ExitStack) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<40}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         console = _console(stderr=True)
         self._bars = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
         self._task = self._bars.add_task("", total=None)

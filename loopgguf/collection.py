@@ -29,8 +29,8 @@ from loopgguf.checkpoint import ENGINE, Job, Resumable, Steps
 from loopgguf.errors import InputError, Interrupted
 from loopgguf.grams import GramWriter
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 TokenArray = NDArray[np.int32]
 
 SAVE_SECONDS = 10.0  # between two saves of the llama.cpp engine, whose chunks may take milliseconds

@@ -39,6 +39,7 @@ from loopgguf.accumulators import (
 from loopgguf.architectures import Hyperparameters, find_family, read_hyperparameters, rope_source_rows
 from loopgguf.documents import load_json
 from loopgguf.errors import InputError, OutputError, UsageError
+from loopgguf.progress import Meter, Progress
 from loopgguf.safetensor import StoredTensor, read_weights
 
 if TYPE_CHECKING:
@@ -48,11 +49,10 @@ logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
 OnLayer = Callable[[int], None]
 OnProbabilities = Callable[["torch.Tensor"], None]
 
-PHASE = "running calibration text"
+PHASE = "calibrate"
 HEAD = "output.weight"
 DEFAULT_MAX_MEMORY_BYTES = 2 << 30
 _VOCAB_SLAB = 16384  # rows of the head that are float32 in memory at a time; labels do not depend on it
@@ -242,6 +242,10 @@ class _Model:
     def embed(self, tokens: TokenArray) -> torch.Tensor:
         """Return the embeddings of one chunk, (n_ctx, n_embd) on the host; only the rows in use are read."""
         return self.checkpoint.read_rows("model.embed_tokens.weight", tokens)
+
+    @property
+    def n_head_slabs(self) -> int:
+        return math.ceil(self.sizes.n_vocab / _VOCAB_SLAB)
 
     def head_slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows as float32) of the output matrix."""
@@ -467,15 +471,16 @@ class _Hooks:
 class _Pass:
     """What forward and backward passes share: the model, the chunks, who listens, where hidden states are kept."""
 
-    def __init__(self, model: _Model, chunks: TokenArray, documents: TokenArray | None, audience: Audience, storage: _Storage) -> None:
+    def __init__(
+        self, model: _Model, chunks: TokenArray, documents: TokenArray | None, audience: Audience, storage: _Storage, progress: Progress | None
+    ) -> None:
         self.model, self.chunks, self.documents, self.audience, self.storage = model, chunks, documents, audience, storage
         n_vocab = model.sizes.n_vocab
         if not 0 <= int(chunks.min()) <= int(chunks.max()) < n_vocab:
             raise InputError(f"token ids: got up to {int(chunks.max())}, expected less than vocab_size {n_vocab} of {model.checkpoint.folder / 'config.json'}")
         model.refuse_shape("model.embed_tokens.weight")
         self.numbers: Sequence[int] = range(len(chunks))  # of the chunks in the whole text
-        self.progress: Progress | None = None
-        self.n_done, self.n_steps = 0, 0
+        self.meter = Meter(progress, PHASE, chunks.size, n_steps=0)  # how many, the kind of pass says
 
     def starts(self, c: int) -> list[int]:
         """Return the positions at which documents start in chunk c."""
@@ -484,11 +489,6 @@ class _Pass:
     def begin(self, c: int) -> None:
         """Tell the audience that chunk c follows."""
         self.audience.begin_chunk(self.numbers[c], self.starts(c))
-
-    def step(self, n: int = 1) -> None:
-        self.n_done += n
-        if self.progress is not None:
-            self.progress(PHASE, self.n_done, self.n_steps)
 
     def run_block(self, layers: Sequence[int], c: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the states (n_ctx, n_embd) of chunk c after these layers, whose weights are in memory."""
@@ -586,10 +586,12 @@ class _ForwardPass(_Pass):
     def run(self, *, process_output: bool, on_layer: OnLayer | None) -> PassResult:
         n_layers = len(self.model.layers)
         done = len(finished_layers(self.storage.folder)) if self.storage.folder else 0
-        self.n_steps = len(self.chunks) * (n_layers - done + math.ceil(self.model.sizes.n_vocab / _VOCAB_SLAB))
+        self.meter.n_steps = len(self.chunks) * (n_layers + self.model.n_head_slabs)
         found = self.storage.find(self.label("hidden", done))
+        done = 0 if found is None else done
         states = self.embed() if found is None else found
-        for i in range(0 if found is None else done, n_layers):
+        self.meter.reach(len(self.chunks) * done)
+        for i in range(done, n_layers):
             states = self.run_layer(i, states, on_layer)
         self.model.forget()
         with self.model.norm() as norm:
@@ -605,7 +607,7 @@ class _ForwardPass(_Pass):
             for c in range(len(self.chunks)):
                 self.begin(c)
                 after.write(c, self.run_block([i], c, states.read(c)))
-                self.step()
+                self.meter.step()
         if on_layer is not None:
             on_layer(i)
         after.publish()  # only now is the layer done: what the caller saved of it must never be counted twice
@@ -619,7 +621,7 @@ class _ForwardPass(_Pass):
             for c in range(len(self.chunks)):
                 hidden = norm(states.read(c)[scores.first :].to(self.model.device))
                 scores.add(c, start, hidden @ rows.T, scores.first)
-                self.step()
+                self.meter.step()
         return scores.losses()
 
 
@@ -705,7 +707,7 @@ class _GradientPass(_Pass):
 
     def run_whole(self) -> PassResult:
         layers = range(len(self.model.layers))
-        self.n_steps = 3 * len(self.chunks)
+        self.meter.n_steps = 3 * len(self.chunks)
         losses = []
         with ExitStack() as stack:
             stack.enter_context(self.model.block(layers))
@@ -729,20 +731,20 @@ class _GradientPass(_Pass):
                 gradient = self.backward(layers, c, self.model.embed(self.chunks[c]), gradient_of)
                 self.audience.add_gradient(EMBEDDING, None, gradient)
                 losses.append(scores.losses())
-                self.step(3)
+                self.meter.step(3)
         self.finish(layers)
         return summarize_pass(np.concatenate(losses))
 
     # block by block
 
     def run_streamed(self, blocks: Sequence[range]) -> PassResult:
-        n_slabs = math.ceil(self.model.sizes.n_vocab / _VOCAB_SLAB)
-        self.n_steps = len(self.chunks) * (4 * len(self.model.layers) + 2 * n_slabs)
+        self.meter.n_steps = len(self.chunks) * (4 * len(self.model.layers) + 2 * self.model.n_head_slabs)
         found = [(i, states) for i, block in enumerate(blocks) if (states := self.storage.find(self.label("gradient", block.start)))][:1]
         left, gradients = (blocks[: found[0][0]], found[0][1]) if found else (blocks, None)
         borders = self.before_blocks(left)
         if gradients is None:
             gradients = self.after_head(blocks[-1], borders[-1])
+        self.meter.reach(self.meter.n_steps - 3 * len(self.chunks) * sum(map(len, left)))
         for block, border in zip(reversed(left), reversed(borders), strict=True):
             gradients = self.run_block_backward(block, border, gradients)
         for c in range(len(self.chunks)):
@@ -763,7 +765,7 @@ class _GradientPass(_Pass):
         with self.model.block(block):
             for c in range(len(self.chunks)):
                 after.write(c, self.run_block(block, c, before.read(c)))
-                self.step(len(block))
+                self.meter.step(len(block))
         after.publish()
         return after
 
@@ -799,7 +801,7 @@ class _GradientPass(_Pass):
         for start, rows in self.model.head_slabs():
             for c in range(len(self.chunks)):
                 scores.add(c, start, normed(c) @ rows.T)
-                self.step()
+                self.meter.step()
         labels = _Labels(scores, self.numbers, self.label_seed, self.model.device)
         for start, rows in self.model.head_slabs():
             is_last = start + len(rows) == self.model.sizes.n_vocab
@@ -809,7 +811,7 @@ class _GradientPass(_Pass):
                     self.begin(c)
                 part = labels.gradient(c, X @ rows.T, rows, is_last=is_last, tell=self.head_listener(start, X))
                 gradients.write(c, part if start == 0 else part.add_(gradients.read(c).to(self.model.device)))
-                self.step()
+                self.meter.step()
         for c in range(len(self.chunks)):
             hidden, gradient = states.read(c).to(self.model.device), gradients.read(c).to(self.model.device)
             gradients.write(c, self.through_norm(norm, hidden.clone(), gradient))
@@ -822,7 +824,7 @@ class _GradientPass(_Pass):
             for c in range(len(self.chunks)):
                 gradient = gradients.read(c).to(self.model.device)
                 before.write(c, self.backward(block, c, border.read(c).clone(), _constant(gradient)))
-                self.step(3 * len(block))
+                self.meter.step(3 * len(block))
         self.finish(block)
         before.publish()
         for states in {id(s): s for s in (border, gradients) if s is not before}.values():
@@ -878,8 +880,7 @@ def collect_from_checkpoint(
     with _torch_settings(n_threads, device):
         model = _Model(folder, attention="eager" if audience.wants_attention else "sdpa", device=device, edits=edits)
         storage = _Storage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _ForwardPass(model, chunks, documents, audience, storage)
-        run.progress = progress
+        run = _ForwardPass(model, chunks, documents, audience, storage, progress)
         try:
             return run.run(process_output=process_output, on_layer=on_layer)
         finally:
@@ -919,8 +920,7 @@ def collect_gradients(
     with _torch_settings(n_threads, device):
         model = _Model(folder, attention="eager" if audience.wants_attention else "sdpa", device=device)
         storage = _Storage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _GradientPass(model, chunks, documents, audience, storage, numbers=numbers, label_seed=label_seed, on_layer=on_layer)
-        run.progress = progress
+        run = _GradientPass(model, chunks, documents, audience, storage, progress, numbers=numbers, label_seed=label_seed, on_layer=on_layer)
         try:
             return run.run_whole() if plan.is_whole and work is None else run.run_streamed(plan.blocks)
         finally:

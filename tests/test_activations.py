@@ -144,6 +144,8 @@ def test_llama_cpp_collects_what_llama_imatrix_does(llama_pass, chunks: np.ndarr
     assert all(c.counts.tolist() == [chunks.size] for c in columns.values())  # the last layer sees all tokens too
     assert result.n_tokens == 4 * (128 - 1 - 64)
     assert [step[1:] for step in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen[-1][0].endswith(f" tok/s, perplexity {result.perplexity:.4g}")
+    assert seen[0][0] != seen[-1][0]
 
 
 def test_first_layer_equals_numpy(llama_pass, chunks: np.ndarray, demo_tensors):

@@ -95,6 +95,7 @@ def test_layer_by_layer_equals_the_whole_model(demo_model: Path, chunks: np.ndar
     assert_equals_whole_model(demo_model, chunks, columns, result.perplexity)
     assert "output.weight" in columns
     assert seen[-1][1] == seen[-1][2] == len(seen)
+    assert all("tok/s" in phase and "perplexity" not in phase for phase, _, _ in seen)  # which is known at the end only
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -478,8 +479,14 @@ def test_a_forward_job_goes_on_after_its_last_layer(demo_model: Path, chunks: np
 
 
 def test_a_gradient_job_goes_on_after_its_last_block(demo_model: Path, chunks: np.ndarray, tmp_path: Path):
-    """Catches hidden states, labels or losses that are not those of an uninterrupted job."""
-    options = {"n_threads": THREADS, "label_seed": SEED, "plan": gradient_plan(STREAMED, 6)}
+    """Catches hidden states, labels or losses that are not those of an uninterrupted job, and a bar that ends elsewhere than at its end."""
+    steps: list[tuple[int, int]] = []
+    options = {
+        "progress": lambda _phase, done, total: steps.append((done, total)),
+        "n_threads": THREADS,
+        "label_seed": SEED,
+        "plan": gradient_plan(STREAMED, 6),
+    }
     whole, saved = GramSums(), {}
     result = collect_gradients(demo_model, chunks[:2, :32], [whole], **options)
     killed_at = {5, 2}
@@ -503,6 +510,7 @@ def test_a_gradient_job_goes_on_after_its_last_block(demo_model: Path, chunks: n
         assert finished_layers(tmp_path) == done
     resumed, rest = run()
     assert resumed == result
+    assert steps[-1][0] == steps[-1][1]
     expected, got = whole.take(), merge_grams([*saved.values(), rest])
     for what in ("inputs", "weighted", "outputs"):
         assert set(getattr(got, what)) == set(getattr(expected, what))
