@@ -76,6 +76,11 @@ class ChunkListener(Protocol):
     def begin_chunk(self, number: int, starts: Sequence[int]) -> None: ...
 
 
+def document_starts(documents: NDArray[np.int32] | None) -> list[int]:
+    """Return the positions at which the documents of a chunk start; documents: (n_ctx,) their numbers, None for one document."""
+    return [0] if documents is None else [int(i) for i in np.flatnonzero(np.diff(documents, prepend=-1))]
+
+
 @dataclass(frozen=True)
 class HoldoutSplit:
     """Accumulators for the chunks numbered in `chunks`, and others for the rest."""
@@ -702,6 +707,14 @@ class PassResult:
 def first_scored(n_ctx: int) -> int:
     """Return the first position of a chunk whose prediction is scored (imatrix.cpp: the second half, with context)."""
     return n_ctx // 2
+
+
+def scored_targets(chunks: NDArray[np.int32], documents: NDArray[np.int32] | None) -> NDArray[np.bool_]:
+    """Return which targets count, of the tokens after the first scored position, (n_chunks, n): no document foretells the next."""
+    documents = np.zeros_like(chunks) if documents is None else documents
+    first = first_scored(chunks.shape[1])
+    same: NDArray[np.bool_] = documents[:, first + 1 :] == documents[:, first:-1]
+    return same
 
 
 def score_tokens(logits: FloatArray, targets: NDArray[np.int32], *, precision: type[np.floating[Any]] = np.float64) -> NDArray[np.float64]:

@@ -44,7 +44,7 @@ class Collector(Accumulator, Resumable, Protocol):
 class Pass:
     """How to run: nothing here but device and documents changes what is collected.
 
-    documents: (n_chunks, n_ctx), attention stays inside each; the llama.cpp engine lacks that and takes None.
+    documents: (n_chunks, n_ctx) numbers those of each chunk, attention stays inside them.
     """
 
     n_threads: int
@@ -83,6 +83,7 @@ def run_gguf(path: Path, chunks: TokenArray, collectors: Mapping[str, Collector]
         chunks,
         list(collectors.values()),
         n_threads=how.n_threads,
+        documents=how.documents,
         process_output=how.process_output,
         progress=how.progress,
         losses=losses,
@@ -109,6 +110,7 @@ def run_gguf_grams(
         holdout=grams.holdout,
         shapes=shapes,
         n_threads=how.n_threads,
+        documents=how.documents,
         max_memory_bytes=how.max_memory_bytes,
         progress=_stop_at_once(job, how.progress),
         process_output=how.process_output,

@@ -64,16 +64,8 @@ class ImatrixResult:
 
 
 def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
-    """Return the calibration text that a request means, cut into chunks; says it where an engine will not see the
-    documents' edges."""
-    chunks = cut_text(
-        source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed
-    )
-    if chunks.documents is None or source.is_checkpoint:
-        return chunks
-    return replace(
-        chunks, notes=(*chunks.notes, "documents share a chunk, and for a GGUF attention goes across their edges; a checkpoint folder keeps them apart")
-    )
+    """Return the calibration text that a request means, cut into chunks."""
+    return cut_text(source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed)
 
 
 def _calibration_notes(chunks: Chunks) -> list[str]:
@@ -89,7 +81,7 @@ def _collect(
     Gram matrices, where asked for, are published beside `output` before.
     """
     columns = {"columns": ColumnSums(moments=True)}
-    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
+    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents, progress=settings.progress)
     with Job(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
         if request.gram:
             run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)

@@ -31,9 +31,11 @@ from loopgguf.accumulators import (
     GramSums,
     HoldoutSplit,
     PassResult,
+    document_starts,
     first_scored,
     gram_bytes,
     plan_passes,
+    scored_targets,
     summarize_pass,
 )
 from loopgguf.architectures import Hyperparameters, find_family, read_hyperparameters, rope_source_rows
@@ -484,7 +486,7 @@ class _Pass:
 
     def starts(self, c: int) -> list[int]:
         """Return the positions at which documents start in chunk c."""
-        return [0] if self.documents is None else [int(i) for i in np.flatnonzero(np.diff(self.documents[c], prepend=-1))]
+        return document_starts(None if self.documents is None else self.documents[c])
 
     def begin(self, c: int) -> None:
         """Tell the audience that chunk c follows."""
@@ -519,8 +521,7 @@ class _Scores:
 
         self.n_ctx = chunks.shape[1]
         self.first = first_scored(self.n_ctx)
-        documents = np.zeros_like(chunks) if documents is None else documents
-        self.is_scored = (documents[:, self.first + 1 :] == documents[:, self.first : -1]).reshape(-1)  # no document foretells the next
+        self.is_scored = scored_targets(chunks, documents).reshape(-1)
         self.targets = torch.from_numpy(chunks[:, self.first + 1 :].astype(np.int64)).to(device)
         self.log_total = torch.full(chunks.shape, -math.inf, dtype=torch.float64, device=device)
         self.at_target = torch.full(self.targets.shape, math.nan, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -108,8 +108,15 @@ def cut_text(
     parse_special: bool = False,
     seed: int = 0,
 ) -> Chunks:
-    """Return the texts cut into chunks under the model's own vocabulary and chat template, as llama.cpp tokenizes them."""
+    """Return the texts cut into chunks under the model's own vocabulary and chat template, as llama.cpp tokenizes them.
+
+    Documents that share a chunk are told apart, unless the model is recurrent: its state goes on from one to the next, which is noted.
+    """
     template = find_template(source.metadata, model_name(source.path))
     inputs = tuple(files) or (default_text(default),)
     with _vocabulary_file(source) as path, Model(path, vocab_only=True) as vocabulary:
-        return load_chunks(vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress)
+        chunks = load_chunks(vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress)
+        if chunks.documents is None or not vocabulary.is_recurrent:
+            return chunks
+    note = "documents share a chunk, and the state of a recurrent model goes on across their edges: give one .txt for each to keep them apart"
+    return replace(chunks, documents=None, notes=(*chunks.notes, note))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from loopgguf.activations import (
 )
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
 
@@ -302,6 +304,35 @@ def test_engines_agree_on_f32(demo_model: Path, f32_gguf: Path, chunks: np.ndarr
         np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
         np.testing.assert_allclose(torch[3][layer], shares, atol=2e-3)
     assert torch[4] == pytest.approx(llama[4], rel=1e-3)
+
+
+def test_documents_do_not_see_each_other(demo_model: Path, f32_gguf: Path, chunks: np.ndarray):
+    """Catches attention across the edge of a document, positions that go on, and a score for a document's first token; both engines agree."""
+    tokens, edges = chunks[:2], (0, 24, 57, 128)
+    documents = np.zeros_like(tokens)
+    documents[1] = np.repeat([0, 1, 2], np.diff(edges))
+    packed, alone, torch, firsts = ColumnSums(), ColumnSums(), ColumnSums(), GramSums()
+    result = collect_from_gguf(f32_gguf, tokens, [packed, firsts], n_threads=THREADS, documents=documents)
+    assert result.n_tokens == 2 * 63  # the last edge lies before the half that is scored
+    collect_from_gguf(f32_gguf, tokens[:1], [alone], n_threads=THREADS)
+    for a, b in itertools.pairwise(edges):
+        collect_from_gguf(f32_gguf, tokens[1:, a:b], [alone], n_threads=THREADS)
+    same = collect_from_checkpoint(demo_model, tokens, [torch], n_threads=THREADS, documents=documents)
+    assert result.perplexity == pytest.approx(same.perplexity, rel=1e-3)
+    for name, c in packed.columns().items():
+        assert c.counts == alone.columns()[name].counts == tokens.size
+        np.testing.assert_allclose(c.sum_squares, alone.columns()[name].sum_squares, rtol=2e-4, err_msg=name)
+        np.testing.assert_allclose(c.sum_squares, torch.columns()[name].sum_squares, rtol=2e-3, err_msg=name)
+    assert firsts.take().first["blk.3.ffn_down"].weight == 1 + 3
+    documents[1, 100:] = 3
+    assert collect_from_gguf(f32_gguf, tokens, [], n_threads=THREADS, documents=documents).n_tokens == 2 * 63 - 1
+
+
+def test_more_documents_than_llama_cpp_keeps_apart(f32_gguf: Path):
+    """Catches a crash inside llama.cpp, or documents that see each other."""
+    documents = np.arange(512, dtype=np.int32)[None]
+    with pytest.raises(InputError, match=r"got 512 documents in chunk 0, expected at most the 256 .* smaller context with -c"):
+        collect_from_gguf(f32_gguf, np.full((1, 512), 5, np.int32), [], n_threads=THREADS, documents=documents)
 
 
 def collect_grams(collect, path: Path, chunks: np.ndarray, **options: object) -> tuple[dict, dict]:
