@@ -71,6 +71,13 @@ class CompensateMode(StrEnum):
     FULL = "full"
 
 
+class Device(StrEnum):
+    """Where torch runs a checkpoint folder."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 _MODEL_HELP = "A Hugging Face folder (config.json, safetensors, tokenizer files) or an F32/F16/BF16 GGUF (the first shard of a split one)."
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OutputOption = Annotated[
@@ -91,6 +98,7 @@ ContextOption = Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="To
 SamplesOption = Annotated[int, typer.Option("--samples", "--chunks", min=1, help="Chunks of calibration text to use at most.")]
 ParseSpecialOption = Annotated[bool, typer.Option("--parse-special", help="Read special tokens spelled in the text as such; in conversations they always are.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses documents where there are more than asked for; a .txt alone is used from its start.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where torch runs a checkpoint folder; llama.cpp runs a GGUF on the CPU.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace an existing output.")]
 PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
@@ -152,7 +160,15 @@ class _ProgressBars:
         self._bars.update(self._task, description=phase, completed=done)
 
 
-def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False, max_buffer: str = "", pre_tokenizer: str | None = None) -> Settings:
+def _settings(
+    stack: ExitStack,
+    threads: int | None,
+    *,
+    overwrite: bool = False,
+    max_buffer: str = "",
+    pre_tokenizer: str | None = None,
+    device: Device = Device.CPU,
+) -> Settings:
     from loopgguf.formats import parse_size
     from loopgguf.opening import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
 
@@ -161,6 +177,7 @@ def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False,
         max_buffer_bytes=parse_size(max_buffer, bare_unit_bytes=1 << 20) if max_buffer else DEFAULT_MAX_BUFFER_BYTES,
         overwrite=overwrite,
         pre_tokenizer=pre_tokenizer,
+        device=device.value,
         progress=_ProgressBars(stack),
         announce=lambda line: _print_notes((line,)),
     )
@@ -255,6 +272,7 @@ def imatrix(
     job_folder: Annotated[
         Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .job; gone when finished.")
     ] = None,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -285,7 +303,7 @@ def imatrix(
         _console().print(f"wrote {path}: {len(merged.columns)} tensors of {len(in_file)} files, {merged.n_chunks} chunks", markup=False)
         return
     with ExitStack() as stack:
-        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer))
+        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device))
     _print_notes(result.notes)
     run, console = result.run, _console()
     console.print(report.shares_table(result.chunks.shares))
@@ -325,6 +343,7 @@ def quantize(
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -347,7 +366,7 @@ def quantize(
         dry_run=dry_run,
     )
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer)
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, device=device)
         result = run(model, output, request, settings)
     _print_notes(result.notes)
     if as_json:
@@ -381,6 +400,7 @@ def plan(
     token_embedding_type: EmbeddingTypeOption = None,
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -404,7 +424,7 @@ def plan(
         dry_run=True,
     )
     with ExitStack() as stack:
-        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer))
+        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device))
     if output is not None:
         save_plan(result.saved, output, overwrite=overwrite)
     if save_tensor_types is not None:

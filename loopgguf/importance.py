@@ -81,8 +81,8 @@ def _collect(
     Gram matrices, where asked for, are published beside `output` before.
     """
     columns = {"columns": ColumnSums(moments=True)}
-    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents, progress=settings.progress)
-    with Job(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
+    how = Pass(settings.n_threads, request.process_output, settings.device, documents=chunks.documents, progress=settings.progress)
+    with Job(job_folder, _job_fingerprint(source, request, chunks, settings.device), resume=request.resume) as job:
         if request.gram:
             run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)
         else:
@@ -111,7 +111,7 @@ def _run_grams(
     return run
 
 
-def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) -> dict[str, object]:
+def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks, device: str) -> dict[str, object]:
     """Return what the statistics depend on, by names that a user understands."""
     return {
         "loopgguf version": __version__,
@@ -121,6 +121,7 @@ def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) ->
         "samples": chunks.n_chunks,
         "process-output": request.process_output,
         "engine": "torch" if source.is_checkpoint else "llama.cpp",
+        "device": device,
         "gram": request.gram,
         "gradient": request.gradient,
         "seed": request.seed if request.gram else None,
@@ -280,6 +281,7 @@ def find_sensitivities(source: Source, request: ImatrixRequest, settings: Settin
             chunks.tokens[chosen],
             [sums],
             n_threads=settings.n_threads,
+            device=settings.device,
             label_seed=0,
             documents=documents,
             numbers=chosen.tolist(),

@@ -836,13 +836,23 @@ class _GradientPass(_Pass):
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 
+def refuse_device(device: str) -> None:
+    """Raise UsageError for a device that this machine's torch does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    if device.partition(":")[0] != "cuda" or not torch.cuda.is_available():
+        has = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no CUDA GPU here, or was installed without CUDA)"
+        raise UsageError(f"--device: got {device}, expected {has}. Leave the option out to run on the CPU")
+
+
 @contextmanager
 def _torch_settings(n_threads: int, device: str) -> Iterator[None]:
     """Run without gradients on `n_threads` threads; leaves torch as it was. Raises UsageError for a device that is not there."""
     import torch
 
-    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise UsageError(f"--device {device}: got a device that this torch does not have, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    refuse_device(device)
     n_before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:

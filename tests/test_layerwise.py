@@ -527,7 +527,7 @@ def test_no_room_for_hidden_states(demo_model: Path, chunks: np.ndarray, monkeyp
 
 def test_an_unknown_device(demo_model: Path, chunks: np.ndarray):
     """Catches a traceback of torch, or a silent fall back to the CPU."""
-    with pytest.raises(UsageError, match="--device mps"):
+    with pytest.raises(UsageError, match="--device: got mps, expected cpu"):
         run_checkpoint(demo_model, chunks, device="mps")
 
 

@@ -184,3 +184,23 @@ def test_error_feedback_needs_gradients(demo_gguf: Path) -> None:
     """An option that is ignored for one kind of source."""
     with pytest.raises(UsageError, match="--compensate"):
         quantize(demo_gguf, Path("x.gguf"), QuantizeRequest(quant_type="Q4_0", compensate=Compensate.FAST))
+
+
+def test_the_device_reaches_every_pass_of_torch(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that stays on the CPU: where torch has no CUDA, one that goes to the GPU ends with torch's own error."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a torch without CUDA")
+    text = ImatrixRequest(ctx_size=64, n_samples=2)
+    made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), text).path
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = Settings(device="cuda", overwrite=True)
+    for run in (
+        lambda: compute_imatrix(demo_model, Path("b.imatrix.gguf"), text, on_gpu),
+        lambda: compute_imatrix(demo_model, Path("c.imatrix.gguf"), replace(text, gram=True, gradient=True), on_gpu),
+        lambda: quantize(demo_model, Path("x.gguf"), QuantizeRequest(quant_type="Q4_0", imatrix=made, compensate=Compensate.FAST, calibration=text), on_gpu),
+        lambda: quantize(demo_model, Path("x.gguf"), QuantizeRequest(size_bytes=4_000_000, imatrix=made, calibration=text), on_gpu),
+    ):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            run()
