@@ -312,7 +312,7 @@ class _HiddenStates:
         if self._memory is not None:
             return torch.from_numpy(self._memory[i])
         assert self._file is not None
-        with _explained():
+        with _explained(self.path and self.path.parent):
             self._file.seek(i * self._chunk_bytes)
             raw = bytearray(self._file.read(self._chunk_bytes))
         return torch.frombuffer(raw, dtype=torch.float32).reshape(self.shape[1:])
@@ -322,14 +322,14 @@ class _HiddenStates:
             self._memory[i] = values.detach().cpu().numpy()
             return
         assert self._file is not None
-        with _explained():
+        with _explained(self.path and self.path.parent):
             self._file.seek(i * self._chunk_bytes)
             self._file.write(np.ascontiguousarray(values.detach().cpu().numpy()).data)
 
     def publish(self) -> None:
         """Flush the file to disk and give it the name that tells that it is whole."""
         if self.path is not None and self._file is not None:
-            with _explained():
+            with _explained(self.path and self.path.parent):
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self.path.with_suffix(".part").replace(self.path)
@@ -347,11 +347,13 @@ class _HiddenStates:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(folder: Path | None) -> Iterator[None]:
+    """folder: of the job; None for the temporary one."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot spill hidden states to {tempfile.gettempdir()}: {error.strerror}; free some space or set TMPDIR") from error
+        place, remedy = (tempfile.gettempdir(), "set TMPDIR") if folder is None else (folder, "choose another job folder")
+        raise OutputError(f"cannot spill hidden states to {place}: {error.strerror}; free some space or {remedy}") from error
 
 
 class _Storage:
@@ -374,7 +376,7 @@ class _Storage:
 
     def _on_disk(self, label: str, n_bytes: int) -> _HiddenStates:
         place = self.folder or Path(tempfile.gettempdir())
-        with _explained():
+        with _explained(self.folder):
             if shutil.disk_usage(place).free < n_bytes:
                 raise OSError(errno.ENOSPC, f"{n_bytes} bytes needed")
             logger.info("hidden states: %d bytes in %s", n_bytes, place)
@@ -504,6 +506,7 @@ class _Pass:
         states = self.storage.new(self.label("border", 0))
         for c, chunk in enumerate(self.chunks):
             states.write(c, self.model.embed(chunk))
+        states.publish()
         return states
 
     def label(self, kind: str, layer: int) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from upstream import differing
 
+from loopgguf import importance
+from loopgguf.collection import Pass
 from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
 from loopgguf.errors import OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
-from loopgguf.grams import load_grams
+from loopgguf.grams import find_grams, load_grams
 from loopgguf.planner import TypeRules
 from loopgguf.report import gram_table
 from loopgguf.source import open_source
@@ -166,6 +170,43 @@ def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path)
         assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
         shown = gram_table(made.path)
         assert shown is not None and shown.row_count == 6
+
+
+@pytest.mark.parametrize(
+    ("gradient", "max_memory", "passes"),
+    [
+        (False, 2 << 30, "one pass over the text"),
+        (True, 2 << 30, "one pass over the text, forward and back"),
+        (True, 40 << 20, "one pass over the text forward, then one forward and back in 6 blocks of layers"),
+    ],
+)
+def test_gram_matrices_take_the_disk_that_was_announced(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, gradient: bool, max_memory: int, passes: str
+) -> None:
+    """Hidden states that nobody was told of, or a figure far from what is used."""
+    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=max_memory))
+    said: list[str] = []
+    used = [0]
+
+    def measure(_phase: str, _done: int, _total: int) -> None:
+        used.append(sum(path.stat().st_size for path in Path("a.imatrix.gguf.job").glob("work/*-of-*")))
+
+    settings = Settings(progress=measure, announce=said.append)
+    made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=16, ctx_size=128, gram=True, gradient=gradient), settings)
+    matrices = sum(path.stat().st_size for path in find_grams(made.path))
+    figures = [int(figure.replace(",", "")) for figure in re.findall(r"([\d,]{4,}) bytes", said[0])]
+    assert len(said) == 1 and said[0].endswith(f"; {passes}")
+    assert matrices <= figures[0] <= 1.2 * matrices
+    states = figures[1] if len(figures) > 1 else 0
+    assert 0.8 * states <= max(used) <= states
+
+
+def test_the_passes_that_memory_needs_are_announced(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of hours that was thought to take minutes."""
+    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4))
+    said: list[str] = []
+    compute_imatrix(demo_gguf, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=2, ctx_size=64, gram=True), Settings(announce=said.append))
+    assert said[0].endswith("; 2 passes over the text, as memory does not hold the matrices of all layers")
 
 
 def test_error_feedback_lowers_the_kld(demo_model: Path) -> None:
