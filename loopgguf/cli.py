@@ -262,6 +262,7 @@ def imatrix(
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect the output head's input too.")] = False,
     gram: Annotated[bool, typer.Option("--gram", help="Write Gram matrices beside the imatrix too, for error feedback.")] = False,
     gradient: Annotated[bool, typer.Option("--gradient", help="With --gram: those weighted by gradients too. A checkpoint folder only.")] = False,
+    attention: Annotated[bool, typer.Option("--attention", help="Write beside the imatrix what attention each position receives; slower.")] = False,
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
     in_file: Annotated[list[Path] | None, typer.Option("--in-file", help="An imatrix whose sums are added; may be given several times.")] = None,
@@ -291,6 +292,7 @@ def imatrix(
         seed=seed,
         gram=gram or gradient,
         gradient=gradient,
+        attention=attention,
         in_files=tuple(in_file or ()),
         output_format=output_format.value if output_format else None,
         resume=resume,
@@ -514,10 +516,9 @@ def inspect(
         console.print(report.metadata_table(gguf))
         console.print()
     if inspection.statistics is not None:
-        for part in (*report.imatrix_report(inspection.statistics), report.gram_table(file)):
-            if part is not None:
-                console.print(part)
-                console.print()
+        for part in (*report.imatrix_report(inspection.statistics), *report.sink_tables(inspection.layers)):
+            console.print(part)
+            console.print()
         return
     if tensors:
         console.print(report.tensor_table(inspection.files))

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from loopgguf.accumulators import EMBEDDING, PassResult, gram_shapes, split_holdout
+from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
-from loopgguf.collection import GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
+from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.errors import InputError, UsageError
 from loopgguf.feedback import refuse_without_gradients
@@ -46,6 +47,7 @@ class ImatrixRequest:
     seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
     gram: bool = False  # also write Gram matrices beside it
     gradient: bool = False  # those of the gradients too; a checkpoint folder only
+    attention: bool = False  # also write what attention each position receives
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
     resume: bool = True
@@ -108,6 +110,7 @@ class _Task:
             "device": self.settings.device,
             "gram": request.gram,
             "gradient": request.gradient,
+            "attention": request.attention,
             "seed": request.seed if request.gram else None,
         }
 
@@ -115,22 +118,29 @@ class _Task:
 def _collect(task: _Task, job_folder: Path, save: Callable[[Statistics], None]) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
-    Gram matrices, where asked for, are published beside the output before.
+    Gram matrices and attention, where asked for, are published beside the output before.
     """
-    source, chunks = task.source, task.chunks
-    columns = {"columns": ColumnSums(moments=True)}
-    with Job(job_folder, task.fingerprint, resume=task.request.resume) as job:
-        if task.request.gram:
-            run = _run_grams(task, columns, job)
+    source, chunks, request, overwrite = task.source, task.chunks, task.request, task.settings.overwrite
+    columns, attention = ColumnSums(moments=True), AttentionMass()
+    collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
+    if request.attention:
+        refuse_existing_attention(task.output, overwrite=overwrite)
+    with Job(job_folder, task.fingerprint, resume=request.resume) as job:
+        if request.gram:
+            run = _run_grams(task, collectors, job)
         else:
-            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, columns, job, task.how)
-        statistics = Statistics(columns["columns"].columns(), chunks.names, len(chunks.tokens), task.request.ctx_size)
+            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, collectors, job, task.how)
+        if layers := attention.layers():
+            save_attention(layers, task.output, overwrite=overwrite)
+        elif request.attention:
+            task.settings.announce("attention: llama.cpp's graph of this model has no softmax node to look at: none is stored")
+        statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
         save(statistics)
         job.finish()
     return statistics, run
 
 
-def _run_grams(task: _Task, columns: Mapping[str, ColumnSums], job: Job) -> PassResult:
+def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> PassResult:
     """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
     request, chunks, path = task.request, task.chunks, task.source.path
     refuse_existing_grams(task.output, overwrite=task.settings.overwrite)
@@ -139,9 +149,9 @@ def _run_grams(task: _Task, columns: Mapping[str, ColumnSums], job: Job) -> Pass
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
     writer = GramWriter(job.shards, GramHeader(tuple(grams.holdout), request.seed, grams.label_seed, chunks.fingerprint))
     if task.source.is_checkpoint:
-        run = run_checkpoint(path, chunks.tokens, columns, job, task.how, grams, writer)
+        run = run_checkpoint(path, chunks.tokens, collectors, job, task.how, grams, writer)
     else:
-        run = run_gguf_grams(path, chunks.tokens, columns, job, task.how, grams, writer, gram_shapes(task.shapes, has_gradient=False))
+        run = run_gguf_grams(path, chunks.tokens, collectors, job, task.how, grams, writer, gram_shapes(task.shapes, has_gradient=False))
     writer.publish(task.output, overwrite=task.settings.overwrite)
     return run
 
@@ -267,7 +277,7 @@ def given_importance(source: Source, imatrix: Path) -> Importance:
 
 def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
-    request = replace(request, process_output=False, gram=False, gradient=False, in_files=(), output_format=None, job_folder=None)
+    request = replace(request, process_output=False, gram=False, gradient=False, attention=False, in_files=(), output_format=None, job_folder=None)
     chunks = calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import ColumnSums, GramSet, OutputMeans, Spikes, split_holdout
+from loopgguf.accumulators import ColumnSums, GramSet, Spikes, split_holdout
+from loopgguf.attention import AttentionMass
 from loopgguf.checkpoint import Job
 from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.errors import InputError, Interrupted
@@ -116,11 +117,11 @@ def killed_at(n: int):
     return progress
 
 
-def collectors() -> dict[str, ColumnSums | Spikes | OutputMeans]:
-    return {"columns": ColumnSums(moments=True), "spikes": Spikes(), "outputs": OutputMeans()}
+def collectors() -> dict[str, ColumnSums | Spikes | AttentionMass]:
+    return {"columns": ColumnSums(moments=True), "spikes": Spikes(), "attention": AttentionMass()}
 
 
-def states(found: dict[str, ColumnSums | Spikes | OutputMeans]) -> dict[tuple[str, str], bytes]:
+def states(found: dict[str, ColumnSums | Spikes | AttentionMass]) -> dict[tuple[str, str], bytes]:
     return {(name, label): array.tobytes() for name, collector in found.items() for label, array in collector.state().items()}
 
 

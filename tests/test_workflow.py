@@ -20,7 +20,7 @@ from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.planner import TypeRules
-from loopgguf.report import gram_table
+from loopgguf.report import inspect_file, inspection_json, sink_tables
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
 
@@ -168,8 +168,28 @@ def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path)
         sums = made.statistics.columns["blk.2.ffn_up.weight"].sum_squares[0]
         assert np.allclose(np.diag(total), sums, rtol=1e-3)
         assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
-        shown = gram_table(made.path)
-        assert shown is not None and shown.row_count == 6
+        [shown] = sink_tables(inspect_file(made.path).layers)
+        assert shown.row_count == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"gram": True}, {"gram": True, "gradient": True}])
+def test_attention_lies_beside_the_imatrix(demo_model: Path, demo_gguf: Path, options: dict[str, bool]) -> None:
+    """Attention that is collected and never stored or shown, by one of the engines or together with Gram matrices."""
+    shares = []
+    request = ImatrixRequest(n_samples=2, ctx_size=64, attention=True, **options)
+    for model in (demo_model, demo_gguf)[: 1 if request.gradient else 2]:
+        made = compute_imatrix(model, Path(f"{model.name}.imatrix.gguf"), request)
+        inspected = inspect_file(made.path)
+        shares.append([layer.attention_share for layer in inspected.layers])
+        assert len(shares[-1]) == 6 and all(share is not None and 0.01 < share < 0.9 for share in shares[-1])
+        [shown] = sink_tables(inspected.layers)
+        assert [column.header for column in shown.columns][:2] == ["layer", "attention"]
+        told = inspection_json(inspected)["first_token"]
+        assert isinstance(told, list) and told[3]["attention_share"] == shares[-1][3]
+        with pytest.raises(OutputError, match=r"attention\.safetensors|gram-"):
+            made.path.unlink()
+            compute_imatrix(model, made.path, request)
+    np.testing.assert_allclose(shares[0], shares[-1], atol=0.02)
 
 
 @pytest.mark.parametrize(
