@@ -10,8 +10,8 @@ Sources: tools/imatrix/imatrix.cpp (`IMatrixCollector`), GuidedQuant (arXiv 2505
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,6 +74,11 @@ class ChunkListener(Protocol):
     """Wants to know which chunk follows: its number, and the positions at which its documents start, 0 first."""
 
     def begin_chunk(self, number: int, starts: Sequence[int]) -> None: ...
+
+
+def document_starts(documents: NDArray[np.int32] | None) -> list[int]:
+    """Return the positions at which the documents of a chunk start; documents: (n_ctx,) their numbers, None for one document."""
+    return [0] if documents is None else [int(i) for i in np.flatnonzero(np.diff(documents, prepend=-1))]
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ def to_numpy(values: Any) -> NDArray[Any]:
     return result
 
 
-class _Sums:
+class Sums:
     """Arrays by what they are, weight and matrix; they can be taken out and put back, to the bit, when a job is resumed."""
 
     def __init__(self) -> None:
@@ -271,7 +276,7 @@ class _Slab:
         return False
 
 
-class ColumnSums(_Sums):
+class ColumnSums(Sums):
     """An accumulator of Σx² per input column and of token counts, as llama-imatrix keeps them; with `moments` Σx and max |x| too.
 
     Each slab is summed in float32, the slabs in float64, so the result hardly depends on how tokens were grouped.
@@ -311,23 +316,6 @@ class ColumnSums(_Sums):
         }
 
 
-class OutputMeans(_Sums):
-    """An accumulator of the mean output E[W x] of every weight, for the correction of a bias that quantizing adds."""
-
-    def add(self, name: str, matrix: int | None, X: FloatArray) -> None:
-        """Nothing: outputs alone matter."""
-
-    def add_output(self, name: str, matrix: int | None, Y: FloatArray) -> None:
-        """Add outputs Y (n_tokens, n_out) of matrix `matrix` of weight `name`."""
-        self._accumulate("sums", (name, matrix or 0), Y.sum(axis=0).astype(np.float64))
-        self._accumulate("counts", (name, matrix or 0), np.array(len(Y), np.int64))
-
-    def means(self) -> dict[str, FloatArray]:
-        """Return the mean output of each weight, (n_matrices, n_out) float32; zeros for experts without tokens."""
-        counts = self._stacked("counts")
-        return {name: (sums / np.maximum(counts[name], 1)[:, None]).astype(np.float32) for name, sums in self._stacked("sums").items()}
-
-
 # --- spikes -----------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +347,7 @@ def _largest(X: FloatArray) -> FloatArray:
     return largest
 
 
-class Spikes(_Sums):
+class Spikes(Sums):
     """An accumulator of the largest input and output of every ffn_down (*The Super Weight in Large Language Models*)."""
 
     @staticmethod
@@ -388,35 +376,6 @@ class Spikes(_Sums):
         return {key: Extremes(tensor_role(key[0]).layer, value, outputs[key]) for key, value in inputs.items()}
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
-
-
-class AttentionMass(_Sums):
-    """An accumulator of the attention that each position of a chunk receives from all queries, per layer and head."""
-
-    def add(self, name: str, matrix: int | None, X: FloatArray) -> None:
-        """Nothing: attention alone matters."""
-
-    def add_attention(self, layer: int, A: FloatArray) -> None:
-        """Add probabilities A (n_head, n_queries, n_keys) float32 of one chunk."""
-        key = (f"blk.{layer}.attention", None)
-        self._accumulate("mass", key, A.sum(axis=1, dtype=np.float64))
-        self._accumulate("squares", key, np.einsum("hqk,hqk->hk", A, A).astype(np.float64))
-        self._accumulate("queries", key, np.array(A.shape[1], np.int64))
-
-    def _per_query(self, what: str) -> dict[int, FloatArray]:
-        queries = self._by_key("queries")
-        return {tensor_role(key[0]).layer or 0: (value / queries[key]).astype(np.float32) for key, value in self._by_key(what).items()}
-
-    def shares(self) -> dict[int, FloatArray]:
-        """Return by layer the share of a head's attention that each position received, (n_head, n_ctx), rows summing to 1."""
-        return self._per_query("mass")
-
-    def square_shares(self) -> dict[int, FloatArray]:
-        """Return by layer the mean over queries of squared attention to each position, (n_head, n_ctx): weights for v (RSQ)."""
-        return self._per_query("squares")
-
-
 # --- Gram matrices ----------------------------------------------------------------------------------------------------
 
 EMBEDDING = "token_embd.weight"
@@ -436,9 +395,6 @@ class Gram:
     total: FloatArray
     n_tokens: int
 
-    def __add__(self, other: Gram) -> Gram:
-        return Gram(self.total + other.total, self.n_tokens + other.n_tokens)
-
     @property
     def mean(self) -> FloatArray:
         """The matrix per token, H; zeros when no token was seen."""
@@ -456,9 +412,6 @@ class FirstToken:
 
     total: FloatArray
     weight: float
-
-    def __add__(self, other: FirstToken) -> FirstToken:
-        return FirstToken(self.total + other.total, self.weight + other.weight)
 
     @property
     def mean(self) -> FloatArray:
@@ -482,9 +435,6 @@ class Curvature:
 
     total: NDArray[np.float64]
     n_tokens: int
-
-    def __add__(self, other: Curvature) -> Curvature:
-        return Curvature(self.total + other.total, self.n_tokens + other.n_tokens)
 
     @property
     def mean(self) -> FloatArray:
@@ -527,18 +477,6 @@ class GramStatistics:
     fingerprint: str
 
 
-def merge_grams(parts: Iterable[GramSet]) -> GramSet:
-    """Return the sets added up; keys that only some have are kept."""
-    total = GramSet()
-    for part in parts:
-        total = GramSet(**{f.name: _merged(getattr(total, f.name), getattr(part, f.name)) for f in fields(GramSet)})
-    return total
-
-
-def _merged(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {**a, **{key: a[key] + value if key in a else value for key, value in b.items()}}
-
-
 def _add_outer(total: Any, X: Any, Y: Any) -> None:
     """total[upper blocks] += Xᵀ Y in place, for a product that is symmetric; numpy arrays or torch tensors alike."""
     for start in range(0, total.shape[0], _BLOCK):
@@ -556,7 +494,7 @@ def _whole(total: Any) -> FloatArray:
     return matrix
 
 
-class GramSums(_Sums):
+class GramSums(Sums):
     """An accumulator of Gram matrices, float32: H and, in a backward pass, H_w, H_O, G0 and the curvature of rows.
 
     wants: which weights, by name (default all): where memory does not hold the matrices of all layers, those of one
@@ -628,7 +566,7 @@ class GramSums(_Sums):
     def take(self, layer: int | None = None) -> GramSet:
         """Return what was summed of one layer (None: of everything), and forget it, so that its memory can be used again."""
         mine = {key: self._arrays.pop(key) for key in list(self._arrays) if layer is None or tensor_role(key[1]).layer == layer}
-        parts = _Sums()
+        parts = Sums()
         parts._arrays = mine
         kept = {what: parts._by_key(what) for what in ("inputs", "weighted", "outputs", "curvature", "first", "first_weighted")}
         tokens = {what: parts._by_key(f"{what} tokens") for what in ("inputs", "weighted", "outputs", "curvature")}
@@ -655,7 +593,7 @@ class GramSums(_Sums):
 class LayerSummary:
     """How a layer's statistics are shared out: the sink and the outlier channels at a glance.
 
-    attention_share: of the attention mass of all heads, the part that position 0 received (None: not collected).
+    attention_share: of the attention of all heads, the part that first tokens received (None: not collected).
     input_shares: of H's trace, by input group. weighted_shares: of H_w's trace, by kind of weight (`attn_k`).
     diagonal_ratios: max/mean of diag(H), by input group without its layer (`attn_norm`, `ffn_down`).
     """
@@ -668,13 +606,13 @@ class LayerSummary:
 
 
 def summarize_layer(layer: int, grams: GramSet, attention: FloatArray | None = None) -> LayerSummary:
-    """Return the summary of one layer of `grams`; attention: its `AttentionMass.shares()`, (n_head, n_ctx)."""
+    """Return the summary of one layer of `grams`; attention: the share of each head that first tokens received, (n_head,)."""
     mine = {key: gram for key, gram in grams.inputs.items() if tensor_role(key[0]).layer == layer and key[1] is None}
     diagonals = {group: gram.total.diagonal().astype(np.float64) for (group, _), gram in mine.items()}
     weighted = {name: first for name, first in grams.first_weighted.items() if tensor_role(name).layer == layer}
     return LayerSummary(
         layer,
-        None if attention is None else float(attention[:, 0].mean()),
+        None if attention is None else float(attention.mean()),
         {tensor_role(group).kind: _share(grams.first[group].trace, diagonal.sum()) for group, diagonal in diagonals.items()},
         {tensor_role(name).kind: _share(first.trace, np.trace(grams.weighted[name].total, dtype=np.float64)) for name, first in weighted.items()},
         {tensor_role(group).kind: float(diagonal.max() / max(diagonal.mean(), np.finfo(np.float64).tiny)) for group, diagonal in diagonals.items()},
@@ -702,6 +640,14 @@ class PassResult:
 def first_scored(n_ctx: int) -> int:
     """Return the first position of a chunk whose prediction is scored (imatrix.cpp: the second half, with context)."""
     return n_ctx // 2
+
+
+def scored_targets(chunks: NDArray[np.int32], documents: NDArray[np.int32] | None) -> NDArray[np.bool_]:
+    """Return which targets count, of the tokens after the first scored position, (n_chunks, n): no document foretells the next."""
+    documents = np.zeros_like(chunks) if documents is None else documents
+    first = first_scored(chunks.shape[1])
+    same: NDArray[np.bool_] = documents[:, first + 1 :] == documents[:, first:-1]
+    return same
 
 
 def score_tokens(logits: FloatArray, targets: NDArray[np.int32], *, precision: type[np.floating[Any]] = np.float64) -> NDArray[np.float64]:

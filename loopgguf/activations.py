@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,17 +30,20 @@ from loopgguf.accumulators import (
     GramSums,
     HoldoutSplit,
     PassResult,
+    document_starts,
     first_scored,
     gram_bytes,
     plan_passes,
     score_tokens,
+    scored_targets,
     summarize_pass,
 )
 from loopgguf.architectures import tensor_role
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, HEAD, PHASE, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers
-from loopgguf.llama import Context, Model
+from loopgguf.llama import Context, Model, max_sequences
+from loopgguf.progress import Meter, Progress
 
 __all__ = [
     "Accumulator",
@@ -60,7 +64,6 @@ __all__ = [
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
 GramSink = Callable[[int | None, GramSet, GramSet], None]  # layer (None: what belongs to none), train, holdout
 
 MIN_ROWS = 16  # llama-imatrix ignores smaller batches of a plain matmul
@@ -186,10 +189,10 @@ class _Watcher:
         self.error: BaseException | None = None
         self._computed: int | None = None  # the address of the inputs that were looked at last
 
-    def begin_chunk(self, number: int) -> None:
-        """What the graph computes from now on is of chunk `number`."""
+    def begin_chunk(self, number: int, starts: Sequence[int]) -> None:
+        """What the graph computes from now on is of chunk `number`, whose documents start at `starts`."""
         self._computed = None
-        self.audience.begin_chunk(number)
+        self.audience.begin_chunk(number, starts)
 
     def __call__(self, address: int, ask: bool) -> bool:
         try:
@@ -253,6 +256,16 @@ def _score(pool: ThreadPoolExecutor, n_parts: int, logits: FloatArray, targets: 
     return np.concatenate(list(parts))
 
 
+def _refuse_many(starts: Sequence[Sequence[int]]) -> None:
+    """Raise InputError when a chunk holds more documents than llama.cpp keeps apart."""
+    number, n = max(enumerate(map(len, starts)), key=lambda item: item[1])
+    if n > max_sequences():
+        raise InputError(
+            f"calibration text: got {n} documents in chunk {number}, expected at most the {max_sequences()} that llama.cpp keeps apart. "
+            "Use longer documents, or a smaller context with -c"
+        )
+
+
 def collect_from_gguf(
     path: Path,
     chunks: TokenArray,
@@ -260,6 +273,7 @@ def collect_from_gguf(
     *,
     n_threads: int,
     split: HoldoutSplit | None = None,
+    documents: TokenArray | None = None,
     progress: Progress | None = None,
     process_output: bool = False,
     wants: Callable[[str], bool] | None = None,
@@ -270,27 +284,35 @@ def collect_from_gguf(
 
     The accumulators get the inputs of every weight that llama-imatrix collects: the matmuls of the layers, per expert
     where there are experts; with `process_output` also an untied head; and what else they listen to, gradients apart.
-    split: others, by the chunk's number. wants: only weights of which it is true. losses: of the chunks that are done,
-    one array each; the pass goes on after them and appends, calling on_chunk(number) after each, which is how a job is
-    resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
+    split: others, by the chunk's number. documents: (n_chunks, n_ctx) int32 numbers the documents of each chunk; attention
+    stays inside them (a recurrent model has no way to: None). wants: only weights of which it is true. losses: of the
+    chunks that are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each,
+    which is how a job is resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
     """
     n_chunks, n_ctx = chunks.shape
-    first = first_scored(n_ctx)
+    first, is_scored = first_scored(n_ctx), scored_targets(chunks, documents)
+    starts = [document_starts(None if documents is None else documents[i]) for i in range(n_chunks)]
+    _refuse_many(starts)
     audience = Audience(accumulators, split)
     watcher = _Watcher(audience, process_output=process_output, wants=wants)
     losses = [] if losses is None else losses
-    with Model(path) as model, Context(model, n_ctx, n_threads=n_threads, callback=watcher) as context, ThreadPoolExecutor(n_threads) as pool:
+    meter = Meter(progress, PHASE, chunks.size, n_chunks)
+    meter.reach(len(losses))
+    with ExitStack() as stack:
+        model = stack.enter_context(Model(path))
+        assert documents is None or not model.is_recurrent
+        context = stack.enter_context(Context(model, n_ctx, n_threads=n_threads, n_sequences=max(map(len, starts)), callback=watcher))
+        pool = stack.enter_context(ThreadPoolExecutor(n_threads))
         for i in range(len(losses), n_chunks):
-            watcher.begin_chunk(i)
-            logits = context.decode(chunks[i])
+            watcher.begin_chunk(i, starts[i])
+            logits = context.decode(chunks[i], sequences=starts[i])
             if watcher.error is not None:
                 raise watcher.error
             losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], chunks[i, first + 1 :]))
             if on_chunk is not None:
                 on_chunk(i)
-            if progress is not None:
-                progress(PHASE, i + 1, n_chunks)
-    return summarize_pass(np.concatenate(losses))
+            meter.step(perplexity=summarize_pass(np.stack(losses)[is_scored[: i + 1]]).perplexity)
+    return summarize_pass(np.stack(losses)[is_scored])
 
 
 # --- Gram matrices ------------------------------------------------------------------------------------------------------
@@ -305,6 +327,7 @@ def collect_grams_from_gguf(
     holdout: Sequence[int],
     shapes: Mapping[str, Sequence[int]],
     n_threads: int,
+    documents: TokenArray | None = None,
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
     progress: Progress | None = None,
     process_output: bool = False,
@@ -333,6 +356,7 @@ def collect_grams_from_gguf(
             accumulators if number == 0 else (),
             n_threads=n_threads,
             split=HoldoutSplit([train], [rest], frozenset(holdout)),
+            documents=documents,
             progress=counted,
             process_output=process_output,
             wants=None if number == 0 else is_of_block,

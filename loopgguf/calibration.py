@@ -89,15 +89,6 @@ class Chunks:
     def n_ctx(self) -> int:
         return int(self.tokens.shape[1])
 
-    @property
-    def positions(self) -> Tokens:
-        """The position of each token in its document's piece, (n_chunks, n_ctx) int32, from 0."""
-        index = np.broadcast_to(np.arange(self.n_ctx, dtype=np.int32), self.tokens.shape)
-        if self.documents is None:
-            return index
-        starts = np.diff(self.documents, axis=1, prepend=-1) != 0
-        return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-
 
 def default_text(name: Literal["calibration", "heldout"]) -> Path:
     """Return the path of a text that ships with the package: in a wheel beside the code, in a clone in `imatrix/`."""

@@ -71,6 +71,13 @@ class CompensateMode(StrEnum):
     FULL = "full"
 
 
+class Device(StrEnum):
+    """Where torch runs a checkpoint folder."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 _MODEL_HELP = "A Hugging Face folder (config.json, safetensors, tokenizer files) or an F32/F16/BF16 GGUF (the first shard of a split one)."
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 OutputOption = Annotated[
@@ -91,6 +98,7 @@ ContextOption = Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="To
 SamplesOption = Annotated[int, typer.Option("--samples", "--chunks", min=1, help="Chunks of calibration text to use at most.")]
 ParseSpecialOption = Annotated[bool, typer.Option("--parse-special", help="Read special tokens spelled in the text as such; in conversations they always are.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses documents where there are more than asked for; a .txt alone is used from its start.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where torch runs a checkpoint folder; llama.cpp runs a GGUF on the CPU.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace an existing output.")]
 PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
@@ -138,7 +146,7 @@ class _ProgressBars:
     def __init__(self, stack: ExitStack) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<40}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         console = _console(stderr=True)
         self._bars = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not console.is_terminal))
         self._task = self._bars.add_task("", total=None)
@@ -152,7 +160,15 @@ class _ProgressBars:
         self._bars.update(self._task, description=phase, completed=done)
 
 
-def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False, max_buffer: str = "", pre_tokenizer: str | None = None) -> Settings:
+def _settings(
+    stack: ExitStack,
+    threads: int | None,
+    *,
+    overwrite: bool = False,
+    max_buffer: str = "",
+    pre_tokenizer: str | None = None,
+    device: Device = Device.CPU,
+) -> Settings:
     from loopgguf.formats import parse_size
     from loopgguf.opening import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
 
@@ -161,6 +177,7 @@ def _settings(stack: ExitStack, threads: int | None, *, overwrite: bool = False,
         max_buffer_bytes=parse_size(max_buffer, bare_unit_bytes=1 << 20) if max_buffer else DEFAULT_MAX_BUFFER_BYTES,
         overwrite=overwrite,
         pre_tokenizer=pre_tokenizer,
+        device=device.value,
         progress=_ProgressBars(stack),
         announce=lambda line: _print_notes((line,)),
     )
@@ -245,6 +262,7 @@ def imatrix(
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect the output head's input too.")] = False,
     gram: Annotated[bool, typer.Option("--gram", help="Write Gram matrices beside the imatrix too, for error feedback.")] = False,
     gradient: Annotated[bool, typer.Option("--gradient", help="With --gram: those weighted by gradients too. A checkpoint folder only.")] = False,
+    attention: Annotated[bool, typer.Option("--attention", help="Write beside the imatrix what attention each position receives; slower.")] = False,
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
     in_file: Annotated[list[Path] | None, typer.Option("--in-file", help="An imatrix whose sums are added; may be given several times.")] = None,
@@ -255,6 +273,7 @@ def imatrix(
     job_folder: Annotated[
         Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .job; gone when finished.")
     ] = None,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -273,6 +292,7 @@ def imatrix(
         seed=seed,
         gram=gram or gradient,
         gradient=gradient,
+        attention=attention,
         in_files=tuple(in_file or ()),
         output_format=output_format.value if output_format else None,
         resume=resume,
@@ -285,7 +305,7 @@ def imatrix(
         _console().print(f"wrote {path}: {len(merged.columns)} tensors of {len(in_file)} files, {merged.n_chunks} chunks", markup=False)
         return
     with ExitStack() as stack:
-        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer))
+        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device))
     _print_notes(result.notes)
     run, console = result.run, _console()
     console.print(report.shares_table(result.chunks.shares))
@@ -325,6 +345,7 @@ def quantize(
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -347,7 +368,7 @@ def quantize(
         dry_run=dry_run,
     )
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer)
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, device=device)
         result = run(model, output, request, settings)
     _print_notes(result.notes)
     if as_json:
@@ -381,6 +402,7 @@ def plan(
     token_embedding_type: EmbeddingTypeOption = None,
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -404,7 +426,7 @@ def plan(
         dry_run=True,
     )
     with ExitStack() as stack:
-        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer))
+        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device))
     if output is not None:
         save_plan(result.saved, output, overwrite=overwrite)
     if save_tensor_types is not None:
@@ -494,10 +516,9 @@ def inspect(
         console.print(report.metadata_table(gguf))
         console.print()
     if inspection.statistics is not None:
-        for part in (*report.imatrix_report(inspection.statistics), report.gram_table(file)):
-            if part is not None:
-                console.print(part)
-                console.print()
+        for part in (*report.imatrix_report(inspection.statistics), *report.sink_tables(inspection.layers)):
+            console.print(part)
+            console.print()
         return
     if tensors:
         console.print(report.tensor_table(inspection.files))

@@ -16,21 +16,22 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import Accumulator, GramSet, PassResult
+from loopgguf.accumulators import EMBEDDING, Accumulator, GramSet, PassResult
 from loopgguf.activations import (
     collect_from_checkpoint,
     collect_from_gguf,
     collect_grams_from_checkpoint,
     collect_grams_from_gguf,
     finished_layers,
+    gguf_passes,
 )
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import ENGINE, Job, Resumable, Steps
 from loopgguf.errors import InputError, Interrupted
 from loopgguf.grams import GramWriter
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 TokenArray = NDArray[np.int32]
 
 SAVE_SECONDS = 10.0  # between two saves of the llama.cpp engine, whose chunks may take milliseconds
@@ -44,7 +45,7 @@ class Collector(Accumulator, Resumable, Protocol):
 class Pass:
     """How to run: nothing here but device and documents changes what is collected.
 
-    documents: (n_chunks, n_ctx), attention stays inside each; the llama.cpp engine lacks that and takes None.
+    documents: (n_chunks, n_ctx) numbers those of each chunk, attention stays inside them.
     """
 
     n_threads: int
@@ -61,6 +62,30 @@ class GramRequest:
 
     holdout: Sequence[int]
     label_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GramCost:
+    """What a pass with Gram matrices takes besides the matrices: bytes of hidden states in the job folder at their most, and
+    how often the text is run, in words."""
+
+    hidden_bytes: int
+    passes: str
+
+
+def plan_grams(path: Path, n_chunks: int, n_ctx: int, shapes: Mapping[str, Sequence[int]], how: Pass, *, has_gradient: bool) -> GramCost:
+    """Return the cost of Gram matrices of a GGUF or a checkpoint folder; shapes: of all its weights."""
+    if not path.is_dir():
+        n_passes = len(gguf_passes(shapes, how.max_memory_bytes))
+        return GramCost(
+            0, "one pass over the text" if n_passes == 1 else f"{n_passes} passes over the text, as memory does not hold the matrices of all layers"
+        )
+    if not has_gradient:
+        return GramCost(2 * 4 * n_chunks * n_ctx * shapes[EMBEDDING][-1], "one pass over the text")
+    plan = plan_gradient_pass(path, n_chunks, n_ctx, max_memory_bytes=how.max_memory_bytes)
+    if plan.is_whole:
+        return GramCost(0, "one pass over the text, forward and back")
+    return GramCost(plan.stored_bytes, f"one pass over the text forward, then one forward and back in {len(plan.blocks)} blocks of layers")
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------------------------
@@ -83,6 +108,7 @@ def run_gguf(path: Path, chunks: TokenArray, collectors: Mapping[str, Collector]
         chunks,
         list(collectors.values()),
         n_threads=how.n_threads,
+        documents=how.documents,
         process_output=how.process_output,
         progress=how.progress,
         losses=losses,
@@ -109,6 +135,7 @@ def run_gguf_grams(
         holdout=grams.holdout,
         shapes=shapes,
         n_threads=how.n_threads,
+        documents=how.documents,
         max_memory_bytes=how.max_memory_bytes,
         progress=_stop_at_once(job, how.progress),
         process_output=how.process_output,

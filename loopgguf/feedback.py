@@ -76,7 +76,9 @@ def _refuse_too_large(n_bytes: int) -> None:
         )
 
 
-def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, n_threads: int, progress: Progress | None = None) -> Feedback:
+def collect_feedback(
+    source: Source, chunks: Chunks, compensate: Compensate, *, n_threads: int, device: str = "cpu", progress: Progress | None = None
+) -> Feedback:
     """Run the calibration chunks through a checkpoint and back, and keep its Gram matrices in memory.
 
     Raises UsageError for a GGUF source; else as `layerwise.collect_gradients`.
@@ -87,7 +89,9 @@ def collect_feedback(source: Source, chunks: Chunks, compensate: Compensate, *, 
     _, holdout = split_holdout(chunks.n_chunks, SEED)
     train, held_out = GramSums(), GramSums()
     split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
-    run = collect_gradients(source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, documents=chunks.documents, progress=progress)
+    run = collect_gradients(
+        source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, documents=chunks.documents, device=device, progress=progress
+    )
     grams = GramStatistics(train.take(), held_out.take(), tuple(sorted(split.chunks)), SEED, SEED, chunks.fingerprint)
     return Feedback(grams, _EFFORTS[compensate], run)
 

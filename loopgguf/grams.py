@@ -135,16 +135,17 @@ def _entries(grams: GramSet, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def gram_path(imatrix: Path, number: int, n_shards: int) -> Path:
     """Return the path of shard `number` (from 1) beside an imatrix: its name without `.gguf` or `.dat`, and `.gram-…`."""
-    return imatrix.with_name(f"{_stem(imatrix)}.gram-{number:05d}-of-{n_shards:05d}.safetensors")
+    return imatrix.with_name(f"{imatrix_stem(imatrix)}.gram-{number:05d}-of-{n_shards:05d}.safetensors")
 
 
-def _stem(imatrix: Path) -> str:
+def imatrix_stem(imatrix: Path) -> str:
+    """Return what the names of all files of an imatrix begin with: its own without `.gguf` or `.dat`."""
     return imatrix.name.removesuffix(".gguf").removesuffix(".dat")
 
 
 def find_grams(imatrix: Path) -> list[Path]:
     """Return the shards beside an imatrix, in order of their names; empty when there are none."""
-    pattern = re.compile(re.escape(_stem(imatrix)) + r"\.gram-\d{5}-of-\d{5}\.safetensors")
+    pattern = re.compile(re.escape(imatrix_stem(imatrix)) + r"\.gram-\d{5}-of-\d{5}\.safetensors")
     return sorted(path for path in imatrix.absolute().parent.iterdir() if pattern.fullmatch(path.name))
 
 
@@ -299,10 +300,10 @@ def load_grams(imatrix: Path) -> GramStatistics:
     """
     paths = find_grams(imatrix)
     if not paths:
-        raise InputError(f"Gram matrices of {imatrix}: got no {_stem(imatrix)}.gram-*.safetensors, expected them beside it. Make them with --gram")
+        raise InputError(f"Gram matrices of {imatrix}: got no {imatrix_stem(imatrix)}.gram-*.safetensors, expected them beside it. Make them with --gram")
     counts = {int(path.name.removesuffix(".safetensors").rpartition("-")[2]) for path in paths}
     if len(counts) > 1:
-        raise _refuse(imatrix.absolute().parent, f"shards of {_stem(imatrix)}.gram", f"parts of {sorted(counts)} shards", "those of one run")
+        raise _refuse(imatrix.absolute().parent, f"shards of {imatrix_stem(imatrix)}.gram", f"parts of {sorted(counts)} shards", "those of one run")
     n_shards = counts.pop()
     tensors: dict[str, StoredTensor] = {}
     headers = []

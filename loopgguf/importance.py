@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from loopgguf.accumulators import EMBEDDING, PassResult, gram_shapes, split_holdout
+from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
-from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
+from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.errors import InputError, UsageError
 from loopgguf.feedback import refuse_without_gradients
@@ -46,6 +47,7 @@ class ImatrixRequest:
     seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
     gram: bool = False  # also write Gram matrices beside it
     gradient: bool = False  # those of the gradients too; a checkpoint folder only
+    attention: bool = False  # also write what attention each position receives
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
     resume: bool = True
@@ -64,16 +66,8 @@ class ImatrixResult:
 
 
 def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
-    """Return the calibration text that a request means, cut into chunks; says it where an engine will not see the
-    documents' edges."""
-    chunks = cut_text(
-        source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed
-    )
-    if chunks.documents is None or source.is_checkpoint:
-        return chunks
-    return replace(
-        chunks, notes=(*chunks.notes, "documents share a chunk, and for a GGUF attention goes across their edges; a checkpoint folder keeps them apart")
-    )
+    """Return the calibration text that a request means, cut into chunks."""
+    return cut_text(source, request.files, "calibration", request.ctx_size, request.n_samples, settings, parse_special=request.parse_special, seed=request.seed)
 
 
 def _calibration_notes(chunks: Chunks) -> list[str]:
@@ -81,58 +75,98 @@ def _calibration_notes(chunks: Chunks) -> list[str]:
     return [*([f"calibration text: {shortage}"] if shortage else []), *chunks.notes]
 
 
-def _collect(
-    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, output: Path, save: Callable[[Statistics], None]
-) -> tuple[Statistics, PassResult]:
+@dataclass(frozen=True)
+class _Task:
+    """An imatrix to be made: of which model, from which text, how, and where it goes."""
+
+    source: Source
+    request: ImatrixRequest
+    chunks: Chunks
+    settings: Settings
+    output: Path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's tensors, by name."""
+        return {tensor.name: tensor.shape for tensor in self.source.tensors}
+
+    @property
+    def how(self) -> Pass:
+        settings = self.settings
+        return Pass(settings.n_threads, self.request.process_output, settings.device, documents=self.chunks.documents, progress=settings.progress)
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What the statistics depend on, by names that a user understands."""
+        request = self.request
+        return {
+            "loopgguf version": __version__,
+            "model": self.source.fingerprint,
+            "calibration text": self.chunks.fingerprint,
+            "ctx-size": request.ctx_size,
+            "samples": self.chunks.n_chunks,
+            "process-output": request.process_output,
+            "engine": "torch" if self.source.is_checkpoint else "llama.cpp",
+            "device": self.settings.device,
+            "gram": request.gram,
+            "gradient": request.gradient,
+            "attention": request.attention,
+            "seed": request.seed if request.gram else None,
+        }
+
+
+def _collect(task: _Task, job_folder: Path, save: Callable[[Statistics], None]) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
-    Gram matrices, where asked for, are published beside `output` before.
+    Gram matrices and attention, where asked for, are published beside the output before.
     """
-    columns = {"columns": ColumnSums(moments=True)}
-    how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
-    with Job(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
+    source, chunks, request, overwrite = task.source, task.chunks, task.request, task.settings.overwrite
+    columns, attention = ColumnSums(moments=True), AttentionMass()
+    collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
+    if request.attention:
+        refuse_existing_attention(task.output, overwrite=overwrite)
+    with Job(job_folder, task.fingerprint, resume=request.resume) as job:
         if request.gram:
-            run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)
+            run = _run_grams(task, collectors, job)
         else:
-            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, columns, job, how)
-        statistics = Statistics(columns["columns"].columns(), chunks.names, len(chunks.tokens), request.ctx_size)
+            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, collectors, job, task.how)
+        if layers := attention.layers():
+            save_attention(layers, task.output, overwrite=overwrite)
+        elif request.attention:
+            task.settings.announce("attention: llama.cpp's graph of this model has no softmax node to look at: none is stored")
+        statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
         save(statistics)
         job.finish()
     return statistics, run
 
 
-def _run_grams(
-    source: Source, request: ImatrixRequest, chunks: Chunks, columns: Mapping[str, ColumnSums], job: Job, how: Pass, output: Path, *, overwrite: bool
-) -> PassResult:
+def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> PassResult:
     """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
-    refuse_existing_grams(output, overwrite=overwrite)
-    shapes = gram_shapes({tensor.name: tensor.shape for tensor in source.tensors}, has_gradient=request.gradient)
-    check_disk(output.absolute().parent, stored_bytes(shapes, has_gradient=request.gradient))
+    request, chunks, path = task.request, task.chunks, task.source.path
+    refuse_existing_grams(task.output, overwrite=task.settings.overwrite)
+    _announce_grams(task, job)
     _, holdout = split_holdout(chunks.n_chunks, request.seed)
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
     writer = GramWriter(job.shards, GramHeader(tuple(grams.holdout), request.seed, grams.label_seed, chunks.fingerprint))
-    if source.is_checkpoint:
-        run = run_checkpoint(source.path, chunks.tokens, columns, job, how, grams, writer)
+    if task.source.is_checkpoint:
+        run = run_checkpoint(path, chunks.tokens, collectors, job, task.how, grams, writer)
     else:
-        run = run_gguf_grams(source.path, chunks.tokens, columns, job, how, grams, writer, shapes)
-    writer.publish(output, overwrite=overwrite)
+        run = run_gguf_grams(path, chunks.tokens, collectors, job, task.how, grams, writer, gram_shapes(task.shapes, has_gradient=False))
+    writer.publish(task.output, overwrite=task.settings.overwrite)
     return run
 
 
-def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) -> dict[str, object]:
-    """Return what the statistics depend on, by names that a user understands."""
-    return {
-        "loopgguf version": __version__,
-        "model": source.fingerprint,
-        "calibration text": chunks.fingerprint,
-        "ctx-size": request.ctx_size,
-        "samples": chunks.n_chunks,
-        "process-output": request.process_output,
-        "engine": "torch" if source.is_checkpoint else "llama.cpp",
-        "gram": request.gram,
-        "gradient": request.gradient,
-        "seed": request.seed if request.gram else None,
-    }
+def _announce_grams(task: _Task, job: Job) -> None:
+    """Say what Gram matrices take of the disk and how often the text is run; raise OutputError where the disk is too small."""
+    has_gradient, place = task.request.gradient, task.output.absolute().parent
+    matrices = stored_bytes(gram_shapes(task.shapes, has_gradient=has_gradient), has_gradient=has_gradient)
+    cost = plan_grams(task.source.path, task.chunks.n_chunks, task.chunks.n_ctx, task.shapes, task.how, has_gradient=has_gradient)
+    n_already = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())  # by the run that this one goes on with
+    check_disk(job.folder, matrices + cost.hidden_bytes - n_already)
+    if place.stat().st_dev != job.folder.stat().st_dev:
+        check_disk(place, matrices)
+    hidden = f", and until they are there up to {cost.hidden_bytes:,} bytes of hidden states in {job.folder}" if cost.hidden_bytes else ""
+    task.settings.announce(f"Gram matrices: at most {matrices:,} bytes beside {task.output.name}{hidden}; {cost.passes}")
 
 
 def _imatrix_path(model: Path | None, output: Path | None, request: ImatrixRequest) -> Path:
@@ -167,7 +201,8 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
-    statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), output, save)
+    task = _Task(source, request, chunks, settings, output)
+    statistics, run = _collect(task, request.job_folder or output.with_name(output.name + ".job"), save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
     return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
@@ -242,7 +277,7 @@ def given_importance(source: Source, imatrix: Path) -> Importance:
 
 def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
-    request = replace(request, process_output=False, gram=False, gradient=False, in_files=(), output_format=None, job_folder=None)
+    request = replace(request, process_output=False, gram=False, gradient=False, attention=False, in_files=(), output_format=None, job_folder=None)
     chunks = calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
@@ -256,7 +291,8 @@ def made_importance(source: Source, request: ImatrixRequest, settings: Settings,
         return replace(planned, origin=origin, notes=(f"imatrix: would be made from {text}",))
     else:
         job = cached.with_suffix(".job")
-        found, run = _collect(source, request, chunks, settings, job, cached, lambda made: save_imatrix(made, cached, overwrite=True))
+        task = _Task(source, request, chunks, settings, cached)
+        found, run = _collect(task, job, lambda made: save_imatrix(made, cached, overwrite=True))
         notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
     coverage = check_coverage(found, source.tensors)
     return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])
@@ -288,6 +324,7 @@ def find_sensitivities(source: Source, request: ImatrixRequest, settings: Settin
             chunks.tokens[chosen],
             [sums],
             n_threads=settings.n_threads,
+            device=settings.device,
             label_seed=0,
             documents=documents,
             numbers=chosen.tolist(),

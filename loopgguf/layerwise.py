@@ -31,14 +31,17 @@ from loopgguf.accumulators import (
     GramSums,
     HoldoutSplit,
     PassResult,
+    document_starts,
     first_scored,
     gram_bytes,
     plan_passes,
+    scored_targets,
     summarize_pass,
 )
 from loopgguf.architectures import Hyperparameters, find_family, read_hyperparameters, rope_source_rows
 from loopgguf.documents import load_json
 from loopgguf.errors import InputError, OutputError, UsageError
+from loopgguf.progress import Meter, Progress
 from loopgguf.safetensor import StoredTensor, read_weights
 
 if TYPE_CHECKING:
@@ -48,11 +51,10 @@ logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
-Progress = Callable[[str, int, int], None]
 OnLayer = Callable[[int], None]
 OnProbabilities = Callable[["torch.Tensor"], None]
 
-PHASE = "running calibration text"
+PHASE = "calibrate"
 HEAD = "output.weight"
 DEFAULT_MAX_MEMORY_BYTES = 2 << 30
 _VOCAB_SLAB = 16384  # rows of the head that are float32 in memory at a time; labels do not depend on it
@@ -243,6 +245,10 @@ class _Model:
         """Return the embeddings of one chunk, (n_ctx, n_embd) on the host; only the rows in use are read."""
         return self.checkpoint.read_rows("model.embed_tokens.weight", tokens)
 
+    @property
+    def n_head_slabs(self) -> int:
+        return math.ceil(self.sizes.n_vocab / _VOCAB_SLAB)
+
     def head_slabs(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first row, rows as float32) of the output matrix."""
         import torch
@@ -306,7 +312,7 @@ class _HiddenStates:
         if self._memory is not None:
             return torch.from_numpy(self._memory[i])
         assert self._file is not None
-        with _explained():
+        with _explained(self.path and self.path.parent):
             self._file.seek(i * self._chunk_bytes)
             raw = bytearray(self._file.read(self._chunk_bytes))
         return torch.frombuffer(raw, dtype=torch.float32).reshape(self.shape[1:])
@@ -316,14 +322,14 @@ class _HiddenStates:
             self._memory[i] = values.detach().cpu().numpy()
             return
         assert self._file is not None
-        with _explained():
+        with _explained(self.path and self.path.parent):
             self._file.seek(i * self._chunk_bytes)
             self._file.write(np.ascontiguousarray(values.detach().cpu().numpy()).data)
 
     def publish(self) -> None:
         """Flush the file to disk and give it the name that tells that it is whole."""
         if self.path is not None and self._file is not None:
-            with _explained():
+            with _explained(self.path and self.path.parent):
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self.path.with_suffix(".part").replace(self.path)
@@ -341,11 +347,13 @@ class _HiddenStates:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(folder: Path | None) -> Iterator[None]:
+    """folder: of the job; None for the temporary one."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot spill hidden states to {tempfile.gettempdir()}: {error.strerror}; free some space or set TMPDIR") from error
+        place, remedy = (tempfile.gettempdir(), "set TMPDIR") if folder is None else (folder, "choose another job folder")
+        raise OutputError(f"cannot spill hidden states to {place}: {error.strerror}; free some space or {remedy}") from error
 
 
 class _Storage:
@@ -368,7 +376,7 @@ class _Storage:
 
     def _on_disk(self, label: str, n_bytes: int) -> _HiddenStates:
         place = self.folder or Path(tempfile.gettempdir())
-        with _explained():
+        with _explained(self.folder):
             if shutil.disk_usage(place).free < n_bytes:
                 raise OSError(errno.ENOSPC, f"{n_bytes} bytes needed")
             logger.info("hidden states: %d bytes in %s", n_bytes, place)
@@ -467,28 +475,24 @@ class _Hooks:
 class _Pass:
     """What forward and backward passes share: the model, the chunks, who listens, where hidden states are kept."""
 
-    def __init__(self, model: _Model, chunks: TokenArray, documents: TokenArray | None, audience: Audience, storage: _Storage) -> None:
+    def __init__(
+        self, model: _Model, chunks: TokenArray, documents: TokenArray | None, audience: Audience, storage: _Storage, progress: Progress | None
+    ) -> None:
         self.model, self.chunks, self.documents, self.audience, self.storage = model, chunks, documents, audience, storage
         n_vocab = model.sizes.n_vocab
         if not 0 <= int(chunks.min()) <= int(chunks.max()) < n_vocab:
             raise InputError(f"token ids: got up to {int(chunks.max())}, expected less than vocab_size {n_vocab} of {model.checkpoint.folder / 'config.json'}")
         model.refuse_shape("model.embed_tokens.weight")
         self.numbers: Sequence[int] = range(len(chunks))  # of the chunks in the whole text
-        self.progress: Progress | None = None
-        self.n_done, self.n_steps = 0, 0
+        self.meter = Meter(progress, PHASE, chunks.size, n_steps=0)  # how many, the kind of pass says
 
     def starts(self, c: int) -> list[int]:
         """Return the positions at which documents start in chunk c."""
-        return [0] if self.documents is None else [int(i) for i in np.flatnonzero(np.diff(self.documents[c], prepend=-1))]
+        return document_starts(None if self.documents is None else self.documents[c])
 
     def begin(self, c: int) -> None:
         """Tell the audience that chunk c follows."""
         self.audience.begin_chunk(self.numbers[c], self.starts(c))
-
-    def step(self, n: int = 1) -> None:
-        self.n_done += n
-        if self.progress is not None:
-            self.progress(PHASE, self.n_done, self.n_steps)
 
     def run_block(self, layers: Sequence[int], c: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the states (n_ctx, n_embd) of chunk c after these layers, whose weights are in memory."""
@@ -502,6 +506,7 @@ class _Pass:
         states = self.storage.new(self.label("border", 0))
         for c, chunk in enumerate(self.chunks):
             states.write(c, self.model.embed(chunk))
+        states.publish()
         return states
 
     def label(self, kind: str, layer: int) -> str:
@@ -519,8 +524,7 @@ class _Scores:
 
         self.n_ctx = chunks.shape[1]
         self.first = first_scored(self.n_ctx)
-        documents = np.zeros_like(chunks) if documents is None else documents
-        self.is_scored = (documents[:, self.first + 1 :] == documents[:, self.first : -1]).reshape(-1)  # no document foretells the next
+        self.is_scored = scored_targets(chunks, documents).reshape(-1)
         self.targets = torch.from_numpy(chunks[:, self.first + 1 :].astype(np.int64)).to(device)
         self.log_total = torch.full(chunks.shape, -math.inf, dtype=torch.float64, device=device)
         self.at_target = torch.full(self.targets.shape, math.nan, dtype=torch.float64, device=device)
@@ -586,10 +590,12 @@ class _ForwardPass(_Pass):
     def run(self, *, process_output: bool, on_layer: OnLayer | None) -> PassResult:
         n_layers = len(self.model.layers)
         done = len(finished_layers(self.storage.folder)) if self.storage.folder else 0
-        self.n_steps = len(self.chunks) * (n_layers - done + math.ceil(self.model.sizes.n_vocab / _VOCAB_SLAB))
+        self.meter.n_steps = len(self.chunks) * (n_layers + self.model.n_head_slabs)
         found = self.storage.find(self.label("hidden", done))
+        done = 0 if found is None else done
         states = self.embed() if found is None else found
-        for i in range(0 if found is None else done, n_layers):
+        self.meter.reach(len(self.chunks) * done)
+        for i in range(done, n_layers):
             states = self.run_layer(i, states, on_layer)
         self.model.forget()
         with self.model.norm() as norm:
@@ -605,7 +611,7 @@ class _ForwardPass(_Pass):
             for c in range(len(self.chunks)):
                 self.begin(c)
                 after.write(c, self.run_block([i], c, states.read(c)))
-                self.step()
+                self.meter.step()
         if on_layer is not None:
             on_layer(i)
         after.publish()  # only now is the layer done: what the caller saved of it must never be counted twice
@@ -619,7 +625,7 @@ class _ForwardPass(_Pass):
             for c in range(len(self.chunks)):
                 hidden = norm(states.read(c)[scores.first :].to(self.model.device))
                 scores.add(c, start, hidden @ rows.T, scores.first)
-                self.step()
+                self.meter.step()
         return scores.losses()
 
 
@@ -705,7 +711,7 @@ class _GradientPass(_Pass):
 
     def run_whole(self) -> PassResult:
         layers = range(len(self.model.layers))
-        self.n_steps = 3 * len(self.chunks)
+        self.meter.n_steps = 3 * len(self.chunks)
         losses = []
         with ExitStack() as stack:
             stack.enter_context(self.model.block(layers))
@@ -729,20 +735,20 @@ class _GradientPass(_Pass):
                 gradient = self.backward(layers, c, self.model.embed(self.chunks[c]), gradient_of)
                 self.audience.add_gradient(EMBEDDING, None, gradient)
                 losses.append(scores.losses())
-                self.step(3)
+                self.meter.step(3)
         self.finish(layers)
         return summarize_pass(np.concatenate(losses))
 
     # block by block
 
     def run_streamed(self, blocks: Sequence[range]) -> PassResult:
-        n_slabs = math.ceil(self.model.sizes.n_vocab / _VOCAB_SLAB)
-        self.n_steps = len(self.chunks) * (4 * len(self.model.layers) + 2 * n_slabs)
+        self.meter.n_steps = len(self.chunks) * (4 * len(self.model.layers) + 2 * self.model.n_head_slabs)
         found = [(i, states) for i, block in enumerate(blocks) if (states := self.storage.find(self.label("gradient", block.start)))][:1]
         left, gradients = (blocks[: found[0][0]], found[0][1]) if found else (blocks, None)
         borders = self.before_blocks(left)
         if gradients is None:
             gradients = self.after_head(blocks[-1], borders[-1])
+        self.meter.reach(self.meter.n_steps - 3 * len(self.chunks) * sum(map(len, left)))
         for block, border in zip(reversed(left), reversed(borders), strict=True):
             gradients = self.run_block_backward(block, border, gradients)
         for c in range(len(self.chunks)):
@@ -763,7 +769,7 @@ class _GradientPass(_Pass):
         with self.model.block(block):
             for c in range(len(self.chunks)):
                 after.write(c, self.run_block(block, c, before.read(c)))
-                self.step(len(block))
+                self.meter.step(len(block))
         after.publish()
         return after
 
@@ -799,7 +805,7 @@ class _GradientPass(_Pass):
         for start, rows in self.model.head_slabs():
             for c in range(len(self.chunks)):
                 scores.add(c, start, normed(c) @ rows.T)
-                self.step()
+                self.meter.step()
         labels = _Labels(scores, self.numbers, self.label_seed, self.model.device)
         for start, rows in self.model.head_slabs():
             is_last = start + len(rows) == self.model.sizes.n_vocab
@@ -809,7 +815,7 @@ class _GradientPass(_Pass):
                     self.begin(c)
                 part = labels.gradient(c, X @ rows.T, rows, is_last=is_last, tell=self.head_listener(start, X))
                 gradients.write(c, part if start == 0 else part.add_(gradients.read(c).to(self.model.device)))
-                self.step()
+                self.meter.step()
         for c in range(len(self.chunks)):
             hidden, gradient = states.read(c).to(self.model.device), gradients.read(c).to(self.model.device)
             gradients.write(c, self.through_norm(norm, hidden.clone(), gradient))
@@ -822,7 +828,7 @@ class _GradientPass(_Pass):
             for c in range(len(self.chunks)):
                 gradient = gradients.read(c).to(self.model.device)
                 before.write(c, self.backward(block, c, border.read(c).clone(), _constant(gradient)))
-                self.step(3 * len(block))
+                self.meter.step(3 * len(block))
         self.finish(block)
         before.publish()
         for states in {id(s): s for s in (border, gradients) if s is not before}.values():
@@ -833,13 +839,23 @@ class _GradientPass(_Pass):
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 
+def refuse_device(device: str) -> None:
+    """Raise UsageError for a device that this machine's torch does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    if device.partition(":")[0] != "cuda" or not torch.cuda.is_available():
+        has = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no CUDA GPU here, or was installed without CUDA)"
+        raise UsageError(f"--device: got {device}, expected {has}. Leave the option out to run on the CPU")
+
+
 @contextmanager
 def _torch_settings(n_threads: int, device: str) -> Iterator[None]:
     """Run without gradients on `n_threads` threads; leaves torch as it was. Raises UsageError for a device that is not there."""
     import torch
 
-    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise UsageError(f"--device {device}: got a device that this torch does not have, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    refuse_device(device)
     n_before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
@@ -878,8 +894,7 @@ def collect_from_checkpoint(
     with _torch_settings(n_threads, device):
         model = _Model(folder, attention="eager" if audience.wants_attention else "sdpa", device=device, edits=edits)
         storage = _Storage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _ForwardPass(model, chunks, documents, audience, storage)
-        run.progress = progress
+        run = _ForwardPass(model, chunks, documents, audience, storage, progress)
         try:
             return run.run(process_output=process_output, on_layer=on_layer)
         finally:
@@ -919,8 +934,7 @@ def collect_gradients(
     with _torch_settings(n_threads, device):
         model = _Model(folder, attention="eager" if audience.wants_attention else "sdpa", device=device)
         storage = _Storage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _GradientPass(model, chunks, documents, audience, storage, numbers=numbers, label_seed=label_seed, on_layer=on_layer)
-        run.progress = progress
+        run = _GradientPass(model, chunks, documents, audience, storage, progress, numbers=numbers, label_seed=label_seed, on_layer=on_layer)
         try:
             return run.run_whole() if plan.is_whole and work is None else run.run_streamed(plan.blocks)
         finally:

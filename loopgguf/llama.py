@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,8 @@ class Model:
         self.adds_bos = bool(binding.llama_vocab_get_add_bos(self.vocab))
         self.bos = int(binding.llama_vocab_bos(self.vocab))
         self.eos = int(binding.llama_vocab_eos(self.vocab))
+        # a recurrent state runs on over all tokens of a batch's sequence, and sequences of one batch are run apart and out of order
+        self.is_recurrent = bool(binding.llama_model_is_recurrent(self.pointer) or binding.llama_model_is_hybrid(self.pointer))
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Return the token ids of `text` as llama.cpp makes them."""
@@ -100,18 +103,50 @@ class Model:
             self.pointer = None
 
 
+class _Batch:
+    """A `llama_batch` of at most `n` tokens, each of one sequence, over arrays of ours: filling it costs no loop."""
+
+    def __init__(self, n: int) -> None:
+        self.token, self.position, self.sequence = (np.zeros(n, np.int32) for _ in range(3))
+        self.logits = np.zeros(n, np.int8)
+        self._n_sequences = np.ones(n, np.int32)
+        self._pointers = self.sequence.ctypes.data + self.sequence.itemsize * np.arange(n, dtype=np.uintp)  # to each token's sequences
+        members: dict[str, NDArray[Any]] = {
+            "token": self.token,
+            "pos": self.position,
+            "n_seq_id": self._n_sequences,
+            "seq_id": self._pointers,
+            "logits": self.logits,
+        }
+        types = dict(binding.llama_batch._fields_)
+        self.struct = binding.llama_batch(**{name: array.ctypes.data_as(types[name]) for name, array in members.items()})
+
+    def fill(self, tokens: Sequence[int] | NDArray[np.int32], start: int, first_logits: int, sequences: Sequence[int]) -> None:
+        n = self.struct.n_tokens = len(tokens)
+        index, begins = np.arange(n), np.array(sequences)
+        number = np.searchsorted(begins, index, side="right") - 1
+        self.token[:n], self.sequence[:n], self.position[:n], self.logits[:n] = tokens, number, start + index - begins[number], index >= first_logits
+
+
+def max_sequences() -> int:
+    """Return how many sequences llama.cpp keeps apart in one batch at most."""
+    return int(binding.llama_max_parallel_sequences())
+
+
 class Context:
     """Runs tokens through a model; a context manager.
 
-    n_ctx: tokens of one sequence. n_threads: CPU threads. callback: called as (address of a ggml_tensor, ask) for
-    every node of the graph, as `cb_eval` of llama.h; it must not raise.
+    n_ctx: tokens of a batch, of all its sequences together. n_sequences: how many there may be, at most
+    `max_sequences()`. n_threads: CPU threads. callback: called as (address of a ggml_tensor, ask) for every node of the
+    graph, as `cb_eval` of llama.h; it must not raise.
     """
 
-    def __init__(self, model: Model, n_ctx: int, *, n_threads: int, callback: EvalCallback | None = None) -> None:
+    def __init__(self, model: Model, n_ctx: int, *, n_threads: int, n_sequences: int = 1, callback: EvalCallback | None = None) -> None:
         self.model, self.n_ctx = model, n_ctx
         params = binding.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
-        params.n_seq_max = 1
+        params.n_seq_max = n_sequences
+        params.kv_unified = n_sequences > 1  # one cache for all: a batch then stays one graph, its tokens in order
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k = params.type_v = _GGML_TYPE_F16
         params.flash_attn_type = _FLASH_ATTENTION_DISABLED
@@ -123,26 +158,21 @@ class Context:
         self.pointer = binding.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for this model{_cause()}: not enough memory, or a context it does not support")
-        self._batch = binding.llama_batch_init(n_ctx, 0, 1)
+        self._batch = _Batch(n_ctx)
 
-    def decode(self, tokens: Sequence[int] | NDArray[np.int32], start: int = 0, first_logits: int = 0) -> NDArray[np.float32]:
-        """Run `tokens` as positions start… of the one sequence; return logits (n_tokens − first_logits, n_vocab) float32.
+    def decode(self, tokens: Sequence[int] | NDArray[np.int32], start: int = 0, first_logits: int = 0, sequences: Sequence[int] = (0,)) -> NDArray[np.float32]:
+        """Run `tokens` as positions start… of their sequence; return logits (n_tokens − first_logits, n_vocab) float32.
 
-        Those of the tokens before `first_logits` are not computed. The array is a view into llama.cpp's buffer, valid
+        sequences: where each begins among the tokens, 0 first; none sees another, and each counts its own positions.
+        Logits of the tokens before `first_logits` are not computed. The array is a view into llama.cpp's buffer, valid
         until the next call. start=0 forgets everything before. Raises InputError when llama.cpp cannot run them.
         """
         if start == 0:
             binding.llama_memory_clear(binding.llama_get_memory(self.pointer), True)
-        batch, n = self._batch, len(tokens)
+        n = len(tokens)
         assert 0 <= first_logits < n <= self.n_ctx, (first_logits, n)
-        batch.n_tokens = n
-        for i, token in enumerate(tokens):
-            batch.token[i] = int(token)
-            batch.pos[i] = start + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i >= first_logits
-        status = binding.llama_decode(self.pointer, batch)
+        self._batch.fill(tokens, start, first_logits, sequences)
+        status = binding.llama_decode(self.pointer, self._batch.struct)
         if status != 0:
             raise InputError(f"llama.cpp could not run {n} tokens (llama_decode returned {status}){_cause()}: not enough memory, or damaged weights")
         logits = binding.llama_get_logits(self.pointer)
@@ -153,6 +183,5 @@ class Context:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.pointer:
-            binding.llama_batch_free(self._batch)
             binding.llama_free(self.pointer)
             self.pointer = None

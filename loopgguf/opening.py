@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from loopgguf.calibration import Chunks, default_text, load_chunks
 from loopgguf.chat import find_template
 from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.container import write_gguf
-from loopgguf.errors import InputError, OutputError
+from loopgguf.errors import InputError, OutputError, UsageError
 from loopgguf.llama import Model
 from loopgguf.proof import prove_vocabulary
 from loopgguf.source import Source, open_source
@@ -36,16 +36,17 @@ def default_threads() -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to work, not what to make: nothing here changes a byte of the output.
+    """How to work, not what to make: nothing here changes a byte of the output, but that a GPU rounds otherwise than a CPU.
 
-    progress: called with (phase, done, total). announce: called with a line that the user should read before the work
-    it is about, such as the disk it needs.
+    device: `cpu`, `cuda` or `cuda:N`, where torch runs a checkpoint folder. progress: called with (phase, done, total).
+    announce: called with a line that the user should read before the work it is about, such as the disk it needs.
     """
 
     n_threads: int = field(default_factory=default_threads)
     max_buffer_bytes: int = DEFAULT_MAX_BUFFER_BYTES
     overwrite: bool = False
     pre_tokenizer: str | None = None
+    device: str = "cpu"
     progress: Progress | None = None
     announce: Callable[[str], None] = lambda line: None
 
@@ -65,17 +66,28 @@ def refuse_same_file(output: Path, inputs: Sequence[Path]) -> None:
 
 def open_model(model: Path, settings: Settings) -> tuple[Source, list[str]]:
     """Return a model and what its user should know of it; a checkpoint's vocabulary is proven against llama.cpp, once
-    per set of tokenizer files. Raises InputError as `source.open_source` and `proof.prove_vocabulary`."""
+    per set of tokenizer files. Raises InputError as `source.open_source` and `proof.prove_vocabulary`, UsageError for a
+    device that is not there, or that runs nothing of this model."""
     source = open_source(model, pre_tokenizer=settings.pre_tokenizer)
     kind = source.metadata.get("tokenizer.ggml.model")
     if kind is None or kind.data in ("no_vocab", "none"):
         raise InputError(
             f"{model} has no vocabulary (tokenizer.ggml.model): without one a file can be neither loaded and run nor measured; give the whole model"
         )
+    if settings.device != "cpu":
+        _refuse_device(source, settings.device)
     notes = list(source.notes)
     if source.is_checkpoint:
         notes += _proof(source, forced=settings.pre_tokenizer is not None)
     return source, notes
+
+
+def _refuse_device(source: Source, device: str) -> None:
+    if not source.is_checkpoint:
+        raise UsageError(f"--device {device}: {source.path} is a GGUF, which llama.cpp runs on the CPU. Leave the option out, or give the checkpoint folder")
+    from loopgguf.layerwise import refuse_device
+
+    refuse_device(device)
 
 
 def _proof(source: Source, *, forced: bool) -> list[str]:
@@ -108,8 +120,15 @@ def cut_text(
     parse_special: bool = False,
     seed: int = 0,
 ) -> Chunks:
-    """Return the texts cut into chunks under the model's own vocabulary and chat template, as llama.cpp tokenizes them."""
+    """Return the texts cut into chunks under the model's own vocabulary and chat template, as llama.cpp tokenizes them.
+
+    Documents that share a chunk are told apart, unless the model is recurrent: its state goes on from one to the next, which is noted.
+    """
     template = find_template(source.metadata, model_name(source.path))
     inputs = tuple(files) or (default_text(default),)
     with _vocabulary_file(source) as path, Model(path, vocab_only=True) as vocabulary:
-        return load_chunks(vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress)
+        chunks = load_chunks(vocabulary, inputs, ctx_size, n_chunks, parse_special=parse_special, seed=seed, template=template, progress=settings.progress)
+        if chunks.documents is None or not vocabulary.is_recurrent:
+            return chunks
+    note = "documents share a chunk, and the state of a recurrent model goes on across their edges: give one .txt for each to keep them apart"
+    return replace(chunks, documents=None, notes=(*chunks.notes, note))

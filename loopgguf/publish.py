@@ -109,7 +109,7 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     feedback = None
     if order.compensate is not Compensate.OFF:
         chunks = calibration_chunks(source, order.calibration, settings)
-        feedback = collect_feedback(source, chunks, order.compensate, n_threads=settings.n_threads, progress=settings.progress)
+        feedback = collect_feedback(source, chunks, order.compensate, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
     logs, seconds, sample_text = _write(source, order, files, feedback, settings)
     return WriteResult(order.plan, paths, n_bytes, logs, seconds, sample_text, tuple(notes))
 

@@ -17,8 +17,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from loopgguf.accumulators import summarize_layer
+from loopgguf.accumulators import GramSet, LayerSummary, summarize_layer
 from loopgguf.architectures import tensor_role
+from loopgguf.attention import load_attention
 from loopgguf.calibration import Share
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
 from loopgguf.errors import InputError
@@ -192,10 +193,11 @@ def quality_json(quality: Quality) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A GGUF's shards, and the statistics it holds if it is an imatrix."""
+    """A GGUF's shards; if it is an imatrix, the statistics it holds and what the files beside it say of each layer."""
 
     files: tuple[GgufFile, ...]
-    statistics: Statistics | None
+    statistics: Statistics | None = None
+    layers: tuple[LayerSummary, ...] = ()
 
 
 def inspect_file(path: Path) -> Inspection:
@@ -204,12 +206,12 @@ def inspect_file(path: Path) -> Inspection:
         got = "a folder" if path.is_dir() else "something that is no file" if path.exists() else "no such file"
         raise InputError(f"cannot inspect {path}: got {got}, expected a GGUF or an imatrix file. Check the path")
     if not is_gguf(path):
-        return Inspection((), load_imatrix(path))
+        return Inspection((), load_imatrix(path), tuple(summarize_layers(path)))
     first = read_gguf(path)
     kind = first.metadata.get("general.type")
     if kind is not None and kind.data == "imatrix":
-        return Inspection((first,), load_imatrix(path))
-    return Inspection(read_shards(path), None)
+        return Inspection((first,), load_imatrix(path), tuple(summarize_layers(path)))
+    return Inspection(read_shards(path))
 
 
 def value_text(value: Value) -> str:
@@ -247,22 +249,31 @@ def tensor_table(files: Sequence[GgufFile]) -> Table:
     return result
 
 
-def gram_table(path: Path) -> Table | None:
-    """Return a line per layer of the Gram matrices beside an imatrix: how much of H's and H_w's trace the first token
-    holds, and max/mean of diag(H); None when there are none. A sink shows as shares near 1 in attn_k and attn_v."""
-    if not find_grams(path):
-        return None
-    grams = load_grams(path).train
-    layers = sorted({layer for group, _ in grams.inputs if (layer := tensor_role(group).layer) is not None})
-    summaries = [summarize_layer(layer, grams) for layer in layers]
-    inputs = [kind for kind in ("attn_norm", "ffn_down") if kind in summaries[0].input_shares]
-    weighted = [kind for kind in ("attn_q", "attn_k", "attn_v", "ffn_down") if kind in summaries[0].weighted_shares]
-    columns = [*(f"H {kind}" for kind in inputs), *(f"H_w {kind}" for kind in weighted), *(f"max/mean {kind}" for kind in inputs)]
-    result = table("layer", *columns, title="Gram matrices: share of the trace that the first token holds, and max/mean of diag(H)", numbers=columns)
-    for row in summaries:
-        shares = [*(row.input_shares[kind] for kind in inputs), *(row.weighted_shares[kind] for kind in weighted)]
-        result.add_row(str(row.layer), *(f"{share:.2f}" for share in shares), *(f"{row.diagonal_ratios[kind]:.4g}" for kind in inputs))
-    return result
+def summarize_layers(imatrix: Path) -> list[LayerSummary]:
+    """Return what the Gram matrices and the attention beside an imatrix say of each layer; nothing where there are none."""
+    grams, attention = load_grams(imatrix).train if find_grams(imatrix) else GramSet(), load_attention(imatrix)
+    layers = {layer for group, _ in grams.inputs if (layer := tensor_role(group).layer) is not None} | attention.keys()
+    return [summarize_layer(layer, grams, attention[layer].first if layer in attention else None) for layer in sorted(layers)]
+
+
+def sink_tables(layers: Sequence[LayerSummary]) -> list[Table]:
+    """Return a table with a line per layer: how much of the attention and of H's and H_w's trace the first token holds, and
+    max/mean of diag(H); no table for no layers. A sink shows as shares near 1 in attention, attn_k and attn_v."""
+    if not layers:
+        return []
+    inputs = [kind for kind in ("attn_norm", "ffn_down") if any(kind in row.input_shares for row in layers)]
+    weighted = [kind for kind in ("attn_q", "attn_k", "attn_v", "ffn_down") if any(kind in row.weighted_shares for row in layers)]
+    shown = ["attention"] if any(row.attention_share is not None for row in layers) else []
+    columns = [*shown, *(f"H {kind}" for kind in inputs), *(f"H_w {kind}" for kind in weighted), *(f"max/mean {kind}" for kind in inputs)]
+    title = "The first token's share of attention and of the traces of Gram matrices" + (", and max/mean of diag(H)" if inputs else "")
+    result = table("layer", *columns, title=title, numbers=columns)
+    for row in layers:
+        shares = [row.attention_share] if shown else []
+        shares += [*(row.input_shares.get(kind) for kind in inputs), *(row.weighted_shares.get(kind) for kind in weighted)]
+        ratios = (row.diagonal_ratios.get(kind) for kind in inputs)
+        cells = [*("" if share is None else f"{share:.2f}" for share in shares), *("" if ratio is None else f"{ratio:.4g}" for ratio in ratios)]
+        result.add_row(str(row.layer), *cells)
+    return [result]
 
 
 def statistics_table(rows: Sequence[TensorSummary]) -> Table:
@@ -380,7 +391,8 @@ def compare_imatrices(first: Path, second: Path) -> Comparison:
 def inspection_json(inspection: Inspection) -> dict[str, object]:
     """Return what a file holds as JSON-able values: an imatrix's statistics, or a model's tensors and short metadata."""
     if inspection.statistics is not None:
-        return imatrix_json(inspection.statistics)
+        beside = {"first_token": [asdict(layer) for layer in inspection.layers]} if inspection.layers else {}
+        return imatrix_json(inspection.statistics) | beside
     tensors = [
         {"name": t.name, "type": t.type.name, "shape": list(t.shape), "n_bytes": t.n_bytes, "file": f.path.name} for f in inspection.files for t in f.tensors
     ]

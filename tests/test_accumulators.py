@@ -12,23 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopgguf.accumulators import (
-    AttentionMass,
     Audience,
     ColumnSums,
     FirstToken,
     GramSums,
     HoldoutSplit,
-    OutputMeans,
     Spikes,
     gram_bytes,
     has_output_gram,
-    merge_grams,
     plan_passes,
     score_tokens,
     split_holdout,
     summarize_layer,
     summarize_pass,
 )
+from loopgguf.attention import AttentionMass
 from loopgguf.errors import InputError
 
 Q, K, UP, DOWN = "blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"
@@ -136,14 +134,6 @@ def test_state_is_everything():
     assert first.columns()[EXPERTS].counts.tolist() == list(range(12))
 
 
-def test_output_means():
-    """Catches a mean over calls instead of tokens."""
-    means = OutputMeans()
-    means.add_output(Q, None, np.array([[1, 2], [3, 4]], np.float32))
-    means.add_output(Q, None, np.array([[8, 0]], np.float32))
-    assert means.means()[Q].tolist() == [[4, 2]]
-
-
 def test_spikes_keep_sign_and_place():
     """Catches the largest value taken for the largest magnitude, and weights other than ffn_down."""
     spikes = Spikes()
@@ -155,16 +145,6 @@ def test_spikes_keep_sign_and_place():
     [(key, e)] = spikes.extremes().items()
     assert key == (DOWN, None) and e.layer == 0
     assert (e.inputs.tolist(), e.outputs.tolist(), e.column, e.row) == ([3, -9, 2], [-7, 5], 1, 0)
-
-
-def test_attention_mass_by_hand():
-    """Catches a mean over heads, or one over keys instead of queries."""
-    mass = AttentionMass()
-    A = np.array([[[1, 0], [0.5, 0.5]], [[1, 0], [0.25, 0.75]]], np.float32)
-    for _ in range(2):
-        mass.add_attention(3, A)
-    assert mass.shares()[3].tolist() == [[0.75, 0.25], [0.625, 0.375]]
-    assert mass.square_shares()[3].tolist() == [[0.625, 0.125], [0.53125, 0.28125]]
 
 
 # --- Gram matrices --------------------------------------------------------------------------------------------------------
@@ -273,16 +253,13 @@ def test_only_what_is_wanted():
     assert grams.state() == {}
 
 
-def test_grams_merge_by_adding():
-    """Catches counts or first tokens that are not added."""
-    X = normal(8, 4)
-    parts = []
+def test_chunks_are_added():
+    """Catches counts or first tokens of all chunks but the last forgotten."""
+    X, grams = normal(8, 4), GramSums()
     for slab in (X[:3], X[3:]):
-        grams = GramSums()
         grams.add(Q, None, slab)
         grams.add_gradient(Q, slab, slab)
-        parts.append(grams.take())
-    merged = merge_grams(parts)
+    merged = grams.take()
     assert merged.inputs["blk.0.attn_norm", None].n_tokens == merged.curvature[Q].n_tokens == 8
     assert_close(merged.inputs["blk.0.attn_norm", None].total, X.T @ X)
     assert_close(merged.first["blk.0.attn_norm"].total, X[0] + X[3])
@@ -307,7 +284,7 @@ def test_layer_summary_by_hand():
     G = np.array([[2], [1], [1]], np.float32)
     grams.add(K, None, X)
     grams.add_gradient(K, X, G)
-    summary = summarize_layer(0, grams.take(), np.array([[0.5, 0.3, 0.2]], np.float32))
+    summary = summarize_layer(0, grams.take(), np.array([0.4, 0.6], np.float32))
     assert summary.attention_share == pytest.approx(0.5)
     assert summary.input_shares == {"attn_norm": pytest.approx(9 / 14)}
     assert summary.weighted_shares == {"attn_k": pytest.approx(36 / 41)}

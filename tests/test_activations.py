@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from loopgguf import ggml
-from loopgguf.accumulators import AttentionMass, ColumnSums, GramSet, GramSums, HoldoutSplit, OutputMeans, Spikes
+from loopgguf.accumulators import ColumnSums, GramSet, GramSums, HoldoutSplit, Spikes
 from loopgguf.activations import (
     GgmlTensor,
     collect_from_checkpoint,
@@ -24,8 +25,10 @@ from loopgguf.activations import (
     split_matrices,
     strip_name,
 )
+from loopgguf.attention import AttentionMass
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
 
@@ -43,6 +46,21 @@ class Recorder:
 
     def all(self, name: str, matrix: int | None = None) -> np.ndarray:
         return np.concatenate(self.slabs[name, matrix])
+
+
+class OutputMeans:
+    """An accumulator of the mean output of every matrix."""
+
+    def __init__(self) -> None:
+        self.slabs: dict[tuple[str, int | None], list[np.ndarray]] = {}
+
+    def add(self, name: str, matrix: int | None, X: np.ndarray) -> None: ...
+
+    def add_output(self, name: str, matrix: int | None, Y: np.ndarray) -> None:
+        self.slabs.setdefault((name, matrix), []).append(Y.copy())
+
+    def means(self) -> dict[tuple[str, int | None], np.ndarray]:
+        return {key: np.concatenate(slabs).mean(axis=0) for key, slabs in self.slabs.items()}
 
 
 def squares(X: np.ndarray) -> np.ndarray:
@@ -144,6 +162,8 @@ def test_llama_cpp_collects_what_llama_imatrix_does(llama_pass, chunks: np.ndarr
     assert all(c.counts.tolist() == [chunks.size] for c in columns.values())  # the last layer sees all tokens too
     assert result.n_tokens == 4 * (128 - 1 - 64)
     assert [step[1:] for step in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen[-1][0].endswith(f" tok/s, perplexity {result.perplexity:.4g}")
+    assert seen[0][0] != seen[-1][0]
 
 
 def test_first_layer_equals_numpy(llama_pass, chunks: np.ndarray, demo_tensors):
@@ -248,7 +268,7 @@ def test_experts_get_their_own_sums_and_counts(moe_gguf: Path):
             np.testing.assert_allclose(c.sum_squares[expert], squares(inputs), rtol=1e-4, atol=1e-6)
             group = "blk.0.ffn_down_exps" if kind == "down" else "blk.0.ffn_norm"
             np.testing.assert_allclose(H[group, expert].total, inputs.T @ inputs, atol=1e-4 * np.abs(inputs).max() ** 2 * len(inputs))
-        np.testing.assert_allclose(means["blk.0.ffn_up_exps.weight"][expert], (mine @ W_up[expert].T).mean(axis=0), atol=1e-4)
+        np.testing.assert_allclose(means["blk.0.ffn_up_exps.weight", expert], (mine @ W_up[expert].T).mean(axis=0), atol=1e-4)
     assert columns["blk.0.ffn_down_exps.weight"].counts.sum() == tokens.size * N_USED
 
 
@@ -278,7 +298,7 @@ def test_engines_agree_on_f32(demo_model: Path, f32_gguf: Path, chunks: np.ndarr
     for collect, path in ((collect_from_checkpoint, demo_model), (collect_from_gguf, f32_gguf)):
         sums, outputs, spikes, attention = ColumnSums(moments=True), OutputMeans(), Spikes(), AttentionMass()
         result = collect(path, chunks, [sums, outputs, spikes, attention], n_threads=THREADS, process_output=True)
-        seen.append((sums.columns(), outputs.means(), spikes.extremes(), attention.shares(), result.perplexity))
+        seen.append((sums.columns(), outputs.means(), spikes.extremes(), attention.layers(), result.perplexity))
     torch, llama = seen
     assert set(torch[0]) == set(llama[0]) and "output.weight" in torch[0]
     for name, c in llama[0].items():
@@ -287,19 +307,49 @@ def test_engines_agree_on_f32(demo_model: Path, f32_gguf: Path, chunks: np.ndarr
         np.testing.assert_allclose(torch[0][name].sum_squares, c.sum_squares, rtol=2e-3, err_msg=name)
         np.testing.assert_allclose(torch[0][name].sums / c.counts[0] / scale, c.sums / c.counts[0] / scale, atol=2e-3, err_msg=name)
         np.testing.assert_allclose(torch[0][name].max_abs / scale, c.max_abs / scale, atol=2e-2, err_msg=name)
-    for name in set(torch[1]) - {"output.weight"}:
-        spread = np.abs(llama[1][name]).mean()
-        np.testing.assert_allclose(torch[1][name] / spread, llama[1][name] / spread, atol=0.02, err_msg=name)
+    for key in set(torch[1]) - {("output.weight", None)}:
+        spread = np.abs(llama[1][key]).mean()
+        np.testing.assert_allclose(torch[1][key] / spread, llama[1][key] / spread, atol=0.02, err_msg=key[0])
     for key, e in llama[2].items():
         assert (torch[2][key].layer, torch[2][key].column, torch[2][key].row) == (e.layer, e.column, e.row)
         assert torch[2][key].inputs[e.column] == pytest.approx(e.inputs[e.column], rel=2e-3)
         assert torch[2][key].outputs[e.row] == pytest.approx(e.outputs[e.row], rel=2e-3)
     assert len(llama[3]) == 6
     for layer, shares in llama[3].items():
-        assert shares.shape == (4, 128)
-        np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
-        np.testing.assert_allclose(torch[3][layer], shares, atol=2e-3)
+        assert shares.positions.shape == (4, 128)
+        np.testing.assert_allclose(shares.positions.sum(axis=1), 1, rtol=1e-4)
+        np.testing.assert_allclose(shares.first, shares.positions[:, 0])
+        np.testing.assert_allclose(torch[3][layer].positions, shares.positions, atol=2e-3)
     assert torch[4] == pytest.approx(llama[4], rel=1e-3)
+
+
+def test_documents_do_not_see_each_other(demo_model: Path, f32_gguf: Path, chunks: np.ndarray):
+    """Catches attention across the edge of a document, positions that go on, and a score for a document's first token; both engines agree."""
+    tokens, edges = chunks[:2], (0, 24, 57, 128)
+    documents = np.zeros_like(tokens)
+    documents[1] = np.repeat([0, 1, 2], np.diff(edges))
+    packed, alone, torch, firsts = ColumnSums(), ColumnSums(), ColumnSums(), GramSums()
+    result = collect_from_gguf(f32_gguf, tokens, [packed, firsts], n_threads=THREADS, documents=documents)
+    assert result.n_tokens == 2 * 63  # the last edge lies before the half that is scored
+    collect_from_gguf(f32_gguf, tokens[:1], [alone], n_threads=THREADS)
+    for a, b in itertools.pairwise(edges):
+        collect_from_gguf(f32_gguf, tokens[1:, a:b], [alone], n_threads=THREADS)
+    same = collect_from_checkpoint(demo_model, tokens, [torch], n_threads=THREADS, documents=documents)
+    assert result.perplexity == pytest.approx(same.perplexity, rel=1e-3)
+    for name, c in packed.columns().items():
+        assert c.counts == alone.columns()[name].counts == tokens.size
+        np.testing.assert_allclose(c.sum_squares, alone.columns()[name].sum_squares, rtol=2e-4, err_msg=name)
+        np.testing.assert_allclose(c.sum_squares, torch.columns()[name].sum_squares, rtol=2e-3, err_msg=name)
+    assert firsts.take().first["blk.3.ffn_down"].weight == 1 + 3
+    documents[1, 100:] = 3
+    assert collect_from_gguf(f32_gguf, tokens, [], n_threads=THREADS, documents=documents).n_tokens == 2 * 63 - 1
+
+
+def test_more_documents_than_llama_cpp_keeps_apart(f32_gguf: Path):
+    """Catches a crash inside llama.cpp, or documents that see each other."""
+    documents = np.arange(512, dtype=np.int32)[None]
+    with pytest.raises(InputError, match=r"got 512 documents in chunk 0, expected at most the 256 .* smaller context with -c"):
+        collect_from_gguf(f32_gguf, np.full((1, 512), 5, np.int32), [], n_threads=THREADS, documents=documents)
 
 
 def collect_grams(collect, path: Path, chunks: np.ndarray, **options: object) -> tuple[dict, dict]:

@@ -142,7 +142,6 @@ def test_text_chunks_and_fingerprint_are_what_they_always_were(write):
     assert chunks.fingerprint == hashlib.sha256(b"(5, 16)" + naive.tobytes()).hexdigest()
     assert chunks.documents is None
     assert chunks.shares == (Share("text.txt", 1, 80, 1),)
-    assert chunks.positions.tolist() == [list(range(16))] * 5
 
 
 # --- packed documents -------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def test_packed_documents_equal_a_naive_loop(tmp_path_factory: pytest.TempPathFa
         assert list(zip(row, row_numbers, strict=True)) == expected
 
 
-def test_documents_have_their_bos_their_eos_and_their_positions(write):
+def test_documents_have_their_bos_their_eos_and_their_numbers(write):
     """Catches documents that run into each other: the whole layout of two small ones, by hand."""
     path = write(lines({"text": "aaaa"}, {"text": "aaaa"}, {"text": "aaaa"}, {"text": "aaaa"}, {"text": "aaaa"}, {"text": "aaaa"}), "a.jsonl")
     chunks = load_chunks(Bytes(eos=2), [path], 16, 2)
@@ -202,7 +201,6 @@ def test_documents_have_their_bos_their_eos_and_their_positions(write):
     assert chunks.tokens.tolist() == [[1, a, a, a, a, 2, 1, a, a, a, a, 2, 1, a, a, a], [1, a, 2, 1, a, a, a, a, 2, 1, a, a, a, a, 2, 1]]
     assert chunks.documents is not None
     assert chunks.documents.tolist() == [[0] * 6 + [1] * 6 + [2] * 4, [0] * 3 + [1] * 6 + [2] * 6 + [3]]
-    assert chunks.positions.tolist() == [[*range(6), *range(6), *range(4)], [*range(3), *range(6), *range(6), 0]]
     assert chunks.shares == (Share("a.jsonl", 6, 32, 6),)
 
 

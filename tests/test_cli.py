@@ -273,6 +273,16 @@ def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments:
     _refused(run("quantize", demo_gguf, *arguments), 2, *words)
 
 
+def test_a_gpu_that_is_not_there(run: Run, demo_model: Path, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that is used instead without a word, or torch's own traceback after minutes."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("imatrix", "quantize", "plan"):
+        _refused(run(command, demo_model, "--device", "cuda"), 2, "--device: got cuda, expected cpu", "finds no CUDA GPU")
+        _refused(run(command, demo_gguf, "--device", "cuda"), 2, "is a GGUF, which llama.cpp runs on the CPU")
+
+
 def test_not_a_model(run: Run, tmp_path: Path) -> None:
     """A file of another kind, a missing one, and an empty folder."""
     (tmp_path / "text.gguf").write_text("hello", encoding="utf-8")

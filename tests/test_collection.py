@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import ColumnSums, GramSet, OutputMeans, Spikes, split_holdout
+from loopgguf.accumulators import ColumnSums, GramSet, Spikes, split_holdout
+from loopgguf.attention import AttentionMass
 from loopgguf.checkpoint import Job
 from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.errors import InputError, Interrupted
@@ -116,11 +117,11 @@ def killed_at(n: int):
     return progress
 
 
-def collectors() -> dict[str, ColumnSums | Spikes | OutputMeans]:
-    return {"columns": ColumnSums(moments=True), "spikes": Spikes(), "outputs": OutputMeans()}
+def collectors() -> dict[str, ColumnSums | Spikes | AttentionMass]:
+    return {"columns": ColumnSums(moments=True), "spikes": Spikes(), "attention": AttentionMass()}
 
 
-def states(found: dict[str, ColumnSums | Spikes | OutputMeans]) -> dict[tuple[str, str], bytes]:
+def states(found: dict[str, ColumnSums | Spikes | AttentionMass]) -> dict[tuple[str, str], bytes]:
     return {(name, label): array.tobytes() for name, collector in found.items() for label, array in collector.state().items()}
 
 
@@ -211,12 +212,13 @@ def test_gguf_matrices_are_written_and_a_stop_says_that_nothing_is_kept(demo_ggu
         run_gguf_grams(demo_gguf, CHUNKS, collectors(), job, Pass(n_threads=2), grams, GramWriter(job.shards, HEADER), shapes)
 
 
-def test_gguf_pass_is_the_same_with_and_without_a_job(demo_gguf: Path, tmp_path: Path):
-    """Catches a job that changes what it only keeps."""
+@pytest.mark.parametrize("documents", [None, np.arange(5 * 32, dtype=np.int32).reshape(5, 32) % 32 // 11])
+def test_gguf_pass_is_the_same_with_and_without_a_job(demo_gguf: Path, tmp_path: Path, documents: np.ndarray | None):
+    """Catches a job that changes what it only keeps, or that forgets the documents."""
     from loopgguf.activations import collect_from_gguf
 
     plain, found = collectors(), collectors()
-    expected = collect_from_gguf(demo_gguf, CHUNKS, list(plain.values()), n_threads=2)
+    expected = collect_from_gguf(demo_gguf, CHUNKS, list(plain.values()), n_threads=2, documents=documents)
     with Job(tmp_path / "job", FINGERPRINT) as job:
-        assert run_gguf(demo_gguf, CHUNKS, found, job, Pass(n_threads=2), save_seconds=0) == expected
+        assert run_gguf(demo_gguf, CHUNKS, found, job, Pass(n_threads=2, documents=documents), save_seconds=0) == expected
     assert states(found) == states(plain)

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny_llama import N_VOCAB, tiny_tokens, write_tiny_llama
 
-from loopgguf.container import string, write_gguf
+from loopgguf.container import read_gguf, string, write_gguf
 from loopgguf.errors import InputError
 from loopgguf.llama import Context, Model
 
@@ -164,3 +164,25 @@ def test_closing_twice_is_harmless(tiny: Path) -> None:
             pass
         run.__exit__(None, None, None)
     model.__exit__(None, None, None)
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(tiny: Path) -> None:
+    """Catches attention across the edge of a sequence, and positions that go on behind it."""
+    begins = [0, 9, 10, 31]
+    with Model(tiny) as model, Context(model, 64, n_threads=1, n_sequences=4) as run:
+        packed = run.decode(TOKENS, sequences=begins).copy()
+        assert np.array_equal(run.decode(TOKENS, sequences=begins), packed)
+    alone = [_logits(tiny, TOKENS[a:b]) for a, b in zip(begins, [*begins[1:], len(TOKENS)], strict=True)]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-4)
+    assert np.abs(packed - _logits(tiny, TOKENS)).max() > 0.1
+
+
+@pytest.mark.parametrize(("architecture", "is_recurrent"), [("llama", False), ("mamba", True), ("lfm2", True)])
+def test_recurrent_models_are_known_from_their_vocabulary(architecture: str, is_recurrent: bool, tmp_path: Path, tiny: Path) -> None:
+    """Catches a state space model whose documents are thought to be kept apart."""
+    metadata = {key.replace("llama.", f"{architecture}.", 1): value for key, value in read_gguf(tiny).metadata.items() if not key.startswith("tokenizer")}
+    metadata |= {key: value for key, value in read_gguf(tiny).metadata.items() if key.startswith("tokenizer")}
+    path = tmp_path / "vocabulary.gguf"
+    write_gguf(path, metadata | {"general.architecture": string(architecture)}, [])
+    with Model(path, vocab_only=True) as model:
+        assert model.is_recurrent is is_recurrent

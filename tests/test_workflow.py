@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from upstream import differing
 
+from loopgguf import importance
+from loopgguf.collection import Pass
 from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
 from loopgguf.errors import OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
-from loopgguf.grams import load_grams
+from loopgguf.grams import find_grams, load_grams
 from loopgguf.planner import TypeRules
-from loopgguf.report import gram_table
+from loopgguf.report import inspect_file, inspection_json, sink_tables
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
 
@@ -164,8 +168,65 @@ def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path)
         sums = made.statistics.columns["blk.2.ffn_up.weight"].sum_squares[0]
         assert np.allclose(np.diag(total), sums, rtol=1e-3)
         assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
-        shown = gram_table(made.path)
-        assert shown is not None and shown.row_count == 6
+        [shown] = sink_tables(inspect_file(made.path).layers)
+        assert shown.row_count == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"gram": True}, {"gram": True, "gradient": True}])
+def test_attention_lies_beside_the_imatrix(demo_model: Path, demo_gguf: Path, options: dict[str, bool]) -> None:
+    """Attention that is collected and never stored or shown, by one of the engines or together with Gram matrices."""
+    shares = []
+    request = ImatrixRequest(n_samples=2, ctx_size=64, attention=True, **options)
+    for model in (demo_model, demo_gguf)[: 1 if request.gradient else 2]:
+        made = compute_imatrix(model, Path(f"{model.name}.imatrix.gguf"), request)
+        inspected = inspect_file(made.path)
+        shares.append([layer.attention_share for layer in inspected.layers])
+        assert len(shares[-1]) == 6 and all(share is not None and 0.01 < share < 0.9 for share in shares[-1])
+        [shown] = sink_tables(inspected.layers)
+        assert [column.header for column in shown.columns][:2] == ["layer", "attention"]
+        told = inspection_json(inspected)["first_token"]
+        assert isinstance(told, list) and told[3]["attention_share"] == shares[-1][3]
+        with pytest.raises(OutputError, match=r"attention\.safetensors|gram-"):
+            made.path.unlink()
+            compute_imatrix(model, made.path, request)
+    np.testing.assert_allclose(shares[0], shares[-1], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "max_memory", "passes"),
+    [
+        (False, 2 << 30, "one pass over the text"),
+        (True, 2 << 30, "one pass over the text, forward and back"),
+        (True, 40 << 20, "one pass over the text forward, then one forward and back in 6 blocks of layers"),
+    ],
+)
+def test_gram_matrices_take_the_disk_that_was_announced(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, gradient: bool, max_memory: int, passes: str
+) -> None:
+    """Hidden states that nobody was told of, or a figure far from what is used."""
+    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=max_memory))
+    said: list[str] = []
+    used = [0]
+
+    def measure(_phase: str, _done: int, _total: int) -> None:
+        used.append(sum(path.stat().st_size for path in Path("a.imatrix.gguf.job").glob("work/*-of-*")))
+
+    settings = Settings(progress=measure, announce=said.append)
+    made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=16, ctx_size=128, gram=True, gradient=gradient), settings)
+    matrices = sum(path.stat().st_size for path in find_grams(made.path))
+    figures = [int(figure.replace(",", "")) for figure in re.findall(r"([\d,]{4,}) bytes", said[0])]
+    assert len(said) == 1 and said[0].endswith(f"; {passes}")
+    assert matrices <= figures[0] <= 1.2 * matrices
+    states = figures[1] if len(figures) > 1 else 0
+    assert 0.8 * states <= max(used) <= states
+
+
+def test_the_passes_that_memory_needs_are_announced(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of hours that was thought to take minutes."""
+    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4))
+    said: list[str] = []
+    compute_imatrix(demo_gguf, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=2, ctx_size=64, gram=True), Settings(announce=said.append))
+    assert said[0].endswith("; 2 passes over the text, as memory does not hold the matrices of all layers")
 
 
 def test_error_feedback_lowers_the_kld(demo_model: Path) -> None:
@@ -184,3 +245,23 @@ def test_error_feedback_needs_gradients(demo_gguf: Path) -> None:
     """An option that is ignored for one kind of source."""
     with pytest.raises(UsageError, match="--compensate"):
         quantize(demo_gguf, Path("x.gguf"), QuantizeRequest(quant_type="Q4_0", compensate=Compensate.FAST))
+
+
+def test_the_device_reaches_every_pass_of_torch(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that stays on the CPU: where torch has no CUDA, one that goes to the GPU ends with torch's own error."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a torch without CUDA")
+    text = ImatrixRequest(ctx_size=64, n_samples=2)
+    made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), text).path
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = Settings(device="cuda", overwrite=True)
+    for run in (
+        lambda: compute_imatrix(demo_model, Path("b.imatrix.gguf"), text, on_gpu),
+        lambda: compute_imatrix(demo_model, Path("c.imatrix.gguf"), replace(text, gram=True, gradient=True), on_gpu),
+        lambda: quantize(demo_model, Path("x.gguf"), QuantizeRequest(quant_type="Q4_0", imatrix=made, compensate=Compensate.FAST, calibration=text), on_gpu),
+        lambda: quantize(demo_model, Path("x.gguf"), QuantizeRequest(size_bytes=4_000_000, imatrix=made, calibration=text), on_gpu),
+    ):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            run()
