@@ -67,6 +67,7 @@ class CompensateMode(StrEnum):
     """`feedback.Compensate`, without importing it."""
 
     OFF = "off"
+    AUTO = "auto"
     FAST = "fast"
     FULL = "full"
 
@@ -340,7 +341,11 @@ def quantize(
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
     compensate: Annotated[
-        CompensateMode, typer.Option("--compensate", help="Error feedback: `fast` tries one damping, `full` the best of several. A checkpoint folder only.")
+        CompensateMode,
+        typer.Option(
+            "--compensate",
+            help="Error feedback around the encoder (fast) or down to single codes (full); auto: full up to 2 billion weights.",
+        ),
     ] = CompensateMode.OFF,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",

@@ -1,122 +1,196 @@
-"""Error feedback for a whole model: collects the curvature of every weight and says what each encoder is told.
+"""Error feedback for a whole model: finds the curvature of every weight, layer by layer, and says what each encoder is told.
 
-One pass forwards and backwards over the calibration text (`layerwise.collect_gradients`); a tenth of its chunks is held
-out and judges. The weight of a linear is encoded under the mix of H and H_w and judged by H_w on held-out tokens; the
-token embeddings, whose input is one-hot, by G0, the covariance of the gradient at their output. Encodes nothing itself
-(see `compensate.py` and `pipeline.py`).
+A checkpoint folder is run forwards and backwards over the calibration text: a linear's weight is encoded under the mix of
+H and H_w and judged by H_w on the tenth of the text that was held out; the token embeddings, whose input is one-hot, go by
+G0, the covariance of the gradient at their output. A GGUF has no backward pass: there H alone decides, in which keys and
+values weigh the first token `SINK`-fold, because nearly every head of a trained model attends to it. An expert's few
+tokens are joined by those of all experts of its layer. A layer's matrices are given away as soon as they are complete and
+are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, gram_shapes, split_holdout
-from loopgguf.architectures import input_group
+from loopgguf.accumulators import EMBEDDING, Gram, GramSet, PassResult, split_holdout
+from loopgguf.activations import collect_grams_from_checkpoint, collect_grams_from_gguf
+from loopgguf.architectures import input_group, tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
-from loopgguf.errors import UsageError
 from loopgguf.formats import QUANTIZED_TYPES
-from loopgguf.layerwise import collect_gradients
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
 from loopgguf.planner import PlanRow
+from loopgguf.progress import Progress
 from loopgguf.source import Source
-
-Progress = Callable[[str, int, int], None]
 
 SEED = 0  # of the held-out chunks and of the labels
 MIN_TOKENS_PER_COLUMN = 8  # below it a covariance is noise: the plain encoder's bytes stay
+SINK = 500.0  # times the first token counts for keys and values where no gradient says what it is worth
+_SINK_KINDS = ("attn_k", "attn_v", "attn_qkv")
+AUTO_FULL_WEIGHTS = 2_000_000_000  # up to which `auto` takes the time for `full`
 
 
 class Compensate(StrEnum):
-    """How hard error feedback tries: not at all, around the encoder, or down to single codes with the best damping for each tensor."""
+    """How hard error feedback tries: not at all, around the encoder, down to single codes with the best damping for each
+    tensor, or (auto) the latter for models up to two billion weights and the former for larger ones."""
 
     OFF = "off"
+    AUTO = "auto"
     FAST = "fast"
     FULL = "full"
 
-
-_EFFORTS = {Compensate.FAST: FAST, Compensate.FULL: FULL}
+    def effort(self, n_weights: int) -> Effort:
+        is_full = self is Compensate.FULL or (self is Compensate.AUTO and n_weights <= AUTO_FULL_WEIGHTS)
+        return FULL if is_full else FAST
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What the encoders are told: the Gram matrices of a model, how hard to try, and the pass that found them."""
+    """What the encoders of one layer are told: its matrices on the tokens for use and on those held out."""
 
-    grams: GramStatistics
-    effort: Effort
-    run: PassResult
+    train: GramSet
+    holdout: GramSet
 
-    def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[], LossCurvature] | None:
-        """Return what gives the curvature of a tensor that may be encoded with feedback; None for the plain encoder.
+    def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[int], LossCurvature | None] | None:
+        """Return what gives, by its number, the curvature of each matrix of a tensor; None where it is left to the plain encoder.
 
-        A tied embedding is the head too, which G0 says nothing of, and a stack of experts has no matrices yet.
+        A tied embedding is the head too, which G0 says nothing of.
         """
-        is_encoded = row.uses_imatrix or (row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES)
-        if not is_encoded or len(row.shape) != 2 or not _is_known(self.grams, row.name):
+        is_embedding = row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES
+        if is_embedding:
+            return (lambda matrix: self._of_embedding()) if EMBEDDING in self.train.outputs else None
+        if not row.uses_imatrix:
             return None
-        return lambda: loss_curvature(self.grams, row.name)
+        return self._of_weight(row.name) if len(row.shape) == 2 else lambda matrix: self._of_expert(row.name, matrix)
 
+    def _of_embedding(self) -> LossCurvature | None:
+        train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
+        return LossCurvature(H=_mean(train), held_out=_mean(holdout)) if holdout is not None and _are_enough(train, holdout) else None
 
-def refuse_without_gradients(source: Source) -> None:
-    """Raise UsageError for a source that has no backward pass: every one but a checkpoint folder."""
-    if not source.is_checkpoint:
-        raise UsageError("--compensate needs gradients, which only a checkpoint folder gives: give the folder instead of the GGUF, or --compensate off")
+    def _of_weight(self, name: str) -> Callable[[int], LossCurvature | None]:
+        key = (input_group(name) or name, None)
+        gram, held_out = self.train.inputs.get(key), self.holdout.inputs.get(key)
 
+        def find(_matrix: int) -> LossCurvature | None:
+            if gram is None or held_out is None or not _are_enough(gram, held_out):
+                return None
+            if name not in self.train.weighted:
+                return LossCurvature(self._with_sink(self.train, name, gram), self._with_sink(self.holdout, name, held_out))
+            return self._with_gradients(name, gram)
 
-def _refuse_too_large(n_bytes: int) -> None:
-    """Raise UsageError when the Gram matrices, which are all kept in memory, do not fit in three quarters of it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if n_bytes > 0.75 * total:
-        raise UsageError(
-            f"--compensate keeps {n_bytes:,} bytes of matrices in memory for this model, the machine has {total:,}: use a larger one, or leave it out"
+        return find
+
+    def _with_gradients(self, name: str, gram: Gram) -> LossCurvature:
+        train, holdout = self.train, self.holdout
+        r = train.curvature[name].mean.astype(np.float64)
+        has_rows = name in train.outputs
+        return LossCurvature(
+            H=_mean(gram),
+            held_out=_mean(holdout.weighted[name]),
+            H_w=_mean(train.weighted[name]),
+            H_O=_mean(train.outputs[name]) if has_rows else None,
+            held_out_O=_mean(holdout.outputs[name]) if has_rows else None,
+            row_curvature=r / max(float(r.mean()), 1e-30),
         )
 
+    @staticmethod
+    def _with_sink(grams: GramSet, name: str, gram: Gram) -> Matrix:
+        """Return H; for keys and values with the first token `SINK`-fold."""
+        first = grams.first.get(input_group(name) or name)
+        if tensor_role(name).kind not in _SINK_KINDS or first is None:
+            return _mean(gram)
+        return (gram.total.astype(np.float64) + (SINK - 1) * first.outer) / max(gram.n_tokens, 1)
 
-def collect_feedback(
-    source: Source, chunks: Chunks, compensate: Compensate, *, n_threads: int, device: str = "cpu", progress: Progress | None = None
-) -> Feedback:
-    """Run the calibration chunks through a checkpoint and back, and keep its Gram matrices in memory.
+    def _of_expert(self, name: str, matrix: int) -> LossCurvature | None:
+        """Return an expert's H, shrunk towards that of all experts of its layer as if one more token a column were theirs."""
+        group = input_group(name) or name
+        shared = [_shared(grams, group) for grams in (self.train, self.holdout)]
+        if shared[0] is None or shared[1] is None or not _are_enough(shared[0], shared[1]):
+            return None
+        H, held_out = (
+            _shrunk(grams.inputs.get((group, matrix)), whole) for grams, whole in zip((self.train, self.holdout), shared, strict=True) if whole is not None
+        )
+        return LossCurvature(H, held_out)
 
-    Raises UsageError for a GGUF source; else as `layerwise.collect_gradients`.
+
+def _shared(grams: GramSet, group: str) -> Gram | None:
+    """Return what all experts of a layer saw together."""
+    parts = [gram for (name, _), gram in grams.inputs.items() if name == group]
+    return functools.reduce(operator.add, parts) if parts else None
+
+
+def _shrunk(own: Gram | None, shared: Gram) -> Matrix:
+    if own is None:
+        return _mean(shared)
+    n = len(shared.total)
+    return (own.total.astype(np.float64) + n * _mean(shared)) / (own.n_tokens + n)
+
+
+def _are_enough(train: Gram, holdout: Gram) -> bool:
+    return holdout.n_tokens > 0 and train.n_tokens >= MIN_TOKENS_PER_COLUMN * len(train.total)
+
+
+def describe_feedback(source: Source, compensate: Compensate) -> str:
+    """Return in a line what error feedback will do with a model."""
+    effort = "down to single codes" if compensate.effort(_n_weights(source)) is FULL else "around the encoder"
+    basis = "gradients from a backward pass" if source.is_checkpoint else "inputs alone: a GGUF gives no gradients, a checkpoint folder would"
+    return f"error feedback: {effort}, under {basis}"
+
+
+def _n_weights(source: Source) -> int:
+    return sum(tensor.n_rows * tensor.n_in for tensor in source.tensors)
+
+
+def run_feedback(
+    source: Source,
+    chunks: Chunks,
+    tell: Callable[[int | None, Feedback], None],
+    *,
+    n_threads: int,
+    device: str = "cpu",
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
+    progress: Progress | None = None,
+) -> PassResult:
+    """Run the calibration chunks through a model, and `tell` the matrices of one layer after another, then (None) those of none.
+
+    Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
     """
-    refuse_without_gradients(source)
-    shapes = gram_shapes({tensor.name: tensor.shape for tensor in source.tensors}, has_gradient=True)
-    _refuse_too_large(2 * gram_bytes(shapes, has_gradient=True))
     _, holdout = split_holdout(chunks.n_chunks, SEED)
-    train, held_out = GramSums(), GramSums()
-    split = HoldoutSplit([train], [held_out], frozenset(int(i) for i in holdout))
-    run = collect_gradients(
-        source.path, chunks.tokens, [], n_threads=n_threads, label_seed=SEED, split=split, documents=chunks.documents, device=device, progress=progress
-    )
-    grams = GramStatistics(train.take(), held_out.take(), tuple(sorted(split.chunks)), SEED, SEED, chunks.fingerprint)
-    return Feedback(grams, _EFFORTS[compensate], run)
 
+    def sink(layer: int | None, train: GramSet, rest: GramSet) -> None:
+        tell(layer, Feedback(train, rest))
 
-def _is_known(grams: GramStatistics, name: str) -> bool:
-    """Tell whether enough tokens were seen of a weight, in both sets; of a head or of experts none are."""
-    what, key = ("outputs", name) if name == EMBEDDING else ("inputs", (input_group(name) or name, None))
-    gram, held_out = getattr(grams.train, what).get(key), getattr(grams.holdout, what).get(key)
-    return gram is not None and held_out is not None and held_out.n_tokens > 0 and gram.n_tokens >= MIN_TOKENS_PER_COLUMN * len(gram.total)
-
-
-def loss_curvature(grams: GramStatistics, name: str) -> LossCurvature:
-    """Return what an error in a known weight costs."""
-    train, holdout = grams.train, grams.holdout
-    if name == EMBEDDING:
-        return LossCurvature(H=_mean(train.outputs[name]), held_out=_mean(holdout.outputs[name]))
-    r = train.curvature[name].mean.astype(np.float64)
-    has_rows = name in train.outputs
-    return LossCurvature(
-        H=_mean(train.inputs[input_group(name) or name, None]),
-        held_out=_mean(holdout.weighted[name]),
-        H_w=_mean(train.weighted[name]),
-        H_O=_mean(train.outputs[name]) if has_rows else None,
-        held_out_O=_mean(holdout.outputs[name]) if has_rows else None,
-        row_curvature=r / max(float(r.mean()), 1e-30),
+    if source.is_checkpoint:
+        return collect_grams_from_checkpoint(
+            source.path,
+            chunks.tokens,
+            [],
+            sink=sink,
+            holdout=holdout.tolist(),
+            label_seed=SEED,
+            n_threads=n_threads,
+            documents=chunks.documents,
+            device=device,
+            max_memory_bytes=max_memory_bytes,
+            progress=progress,
+        )
+    return collect_grams_from_gguf(
+        source.path,
+        chunks.tokens,
+        [],
+        sink=sink,
+        holdout=holdout.tolist(),
+        shapes={tensor.name: tensor.shape for tensor in source.tensors},
+        n_threads=n_threads,
+        documents=chunks.documents,
+        max_memory_bytes=max_memory_bytes,
+        progress=progress,
     )
 
 

@@ -20,7 +20,6 @@ from loopgguf.checkpoint import Job, cache_path, content_key
 from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.errors import InputError, UsageError
-from loopgguf.feedback import refuse_without_gradients
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
@@ -189,8 +188,8 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     refuse_existing(output, overwrite=settings.overwrite)
     parts = [load_imatrix(path) for path in request.in_files]
     source, notes = open_model(model, settings)
-    if request.gradient:
-        refuse_without_gradients(source)
+    if request.gradient and not source.is_checkpoint:
+        raise UsageError("--gradient needs a backward pass, which only a checkpoint folder gives: give the folder instead of the GGUF, or leave it out")
     refuse_same_file(output, (*source.files, *request.in_files))
     if request.gram and request.process_output and source.is_checkpoint:
         raise UsageError("--process-output and --gram do not go together for a checkpoint folder: make the Gram matrices in a run of their own")

@@ -61,7 +61,7 @@ class TensorLog:
 
     sampled: SampledError | None = None
     n_floored: int = 0
-    feedback: FeedbackLog | None = None
+    feedback: tuple[FeedbackLog, ...] = ()  # of its matrices, in the order they were done
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class WriteResult:
 @dataclass(frozen=True)
 class Job:
     """One tensor's way: where its rows come from, what the plan makes of them, and where they go; `curvature` gives
-    what error feedback needs of it, and is asked when its turn comes."""
+    what error feedback needs of a matrix of it by number (None: plain bytes), and is asked when its turn comes."""
 
     tensor: Tensor
     row: PlanRow
     part: PartFile
     info: TensorInfo
-    curvature: Callable[[], LossCurvature] | None = None
+    curvature: Callable[[int], LossCurvature | None] | None = None
     effort: Effort = FAST
 
 
@@ -145,9 +145,11 @@ def _read_float32(slab: _Slab, raw: ggml.ByteArray) -> ggml.FloatArray:
 def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, FeedbackLog | None]:
     """Return the rows packed as planned, by the plain encoder or by the better of it and error feedback."""
     job, target = slab.job, slab.job.row.type
-    if job.curvature is None:
+    matrix = slab.start // (job.tensor.n_rows // job.tensor.n_matrices)
+    curvature = None if job.curvature is None else job.curvature(matrix)
+    if curvature is None:
         return ggml.encode_rows(target, rows, slab.importance), None
-    encoding = encode_guarded(rows, target, slab.importance, job.curvature(), job.effort)
+    encoding = encode_guarded(rows, target, slab.importance, curvature, job.effort)
     return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
 
 
@@ -163,7 +165,8 @@ def _run(slab: _Slab) -> TensorLog:
         job.part.write_at(offset, raw.data)
         return TensorLog()
     rows = _read_float32(slab, raw)
-    packed, feedback = _encode(slab, rows)
+    packed, log = _encode(slab, rows)
+    feedback = () if log is None else (log,)
     if not ggml.rows_are_valid(target, packed):
         _refuse_values(tensor, target)
     job.part.write_at(offset, packed.data)
@@ -213,7 +216,7 @@ def execute(
     def finish(slab: _Slab, part: TensorLog) -> None:
         nonlocal n_done
         name = slab.job.row.name
-        logs[name] = replace(logs[name], sampled=part.sampled or logs[name].sampled, feedback=part.feedback or logs[name].feedback)
+        logs[name] = replace(logs[name], sampled=part.sampled or logs[name].sampled, feedback=logs[name].feedback + part.feedback)
         left[name] -= 1
         if left[name] == 0:
             n_done += 1

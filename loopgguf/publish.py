@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from loopgguf.architectures import tensor_role
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
 from loopgguf.errors import UsageError
-from loopgguf.feedback import Compensate, Feedback, collect_feedback
+from loopgguf.feedback import Compensate, Feedback, describe_feedback, run_feedback
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.opening import Settings, refuse_same_file
 from loopgguf.pipeline import Job, TensorLog, WriteResult, execute
@@ -106,26 +107,42 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     if dry_run:
         return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
     check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
-    feedback = None
-    if order.compensate is not Compensate.OFF:
-        chunks = calibration_chunks(source, order.calibration, settings)
-        feedback = collect_feedback(source, chunks, order.compensate, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
-    logs, seconds, sample_text = _write(source, order, files, feedback, settings)
+    logs, seconds, sample_text = _write(source, order, files, settings)
     return WriteResult(order.plan, paths, n_bytes, logs, seconds, sample_text, tuple(notes))
 
 
-def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile, feedback: Feedback | None) -> list[Job]:
-    tensors = {tensor.name: tensor for tensor in source.tensors}
-    jobs = [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
-    if feedback is None:
-        return jobs
+def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout]], settings: Settings) -> dict[str, TensorLog]:
+    """Encode and write all tensors: at once, or with error feedback each layer as soon as its matrices are known."""
+    tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
+    left = {info.name: Job(tensors[info.name], rows[info.name], part, info) for part, layout in parts for info in layout.tensors}
     is_tied = OUTPUT not in tensors
-    return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=feedback.effort) for job in jobs]
+    effort = order.compensate.effort(sum(tensor.n_rows * tensor.n_in for tensor in source.tensors))
+    logs: dict[str, TensorLog] = {}
+
+    def run(jobs: list[Job]) -> None:
+        logs.update(
+            execute(
+                jobs,
+                order.importance if order.importance is not None else lambda name: None,
+                n_threads=settings.n_threads,
+                max_buffer_bytes=settings.max_buffer_bytes,
+                progress=settings.progress,
+            )
+        )
+
+    def encode_layer(layer: int | None, feedback: Feedback) -> None:
+        of_layer = [name for name in left if tensor_role(name).layer == layer]
+        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, of_layer)])
+
+    if order.compensate is not Compensate.OFF:
+        settings.announce(describe_feedback(source, order.compensate))
+        chunks = calibration_chunks(source, order.calibration, settings)
+        run_feedback(source, chunks, encode_layer, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
+    run(list(left.values()))
+    return logs
 
 
-def _write(
-    source: Source, order: Order, files: Sequence[tuple[Path, Layout]], feedback: Feedback | None, settings: Settings
-) -> tuple[Mapping[str, TensorLog], Mapping[str, float], str]:
+def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], settings: Settings) -> tuple[Mapping[str, TensorLog], Mapping[str, float], str]:
     """Encode, flush, verify and publish; return the log of each tensor, the seconds of each phase, and what the file said."""
     seconds: dict[str, float] = {}
 
@@ -135,19 +152,12 @@ def _write(
         yield
         seconds[phase] = time.perf_counter() - start
 
-    rows = {row.name: row for row in order.plan.rows}
     with contextlib.ExitStack() as stack:
         parts = [(stack.enter_context(PartFile(path, layout.total_bytes, overwrite=settings.overwrite)), layout) for path, layout in files]
         with timed("encode and write"):
             for part, layout in parts:
                 part.write_at(0, layout.header)
-            logs = execute(
-                [job for part, layout in parts for job in _jobs(source, rows, layout, part, feedback)],
-                order.importance if order.importance is not None else lambda name: None,
-                n_threads=settings.n_threads,
-                max_buffer_bytes=settings.max_buffer_bytes,
-                progress=settings.progress,
-            )
+            logs = _encode(source, order, parts, settings)
         with timed("fsync"):
             for part, _ in parts:
                 part.sync()

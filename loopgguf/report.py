@@ -136,7 +136,7 @@ def written_lines(result: WriteResult) -> list[str]:
     floored = {name: log.n_floored for name, log in result.logs.items() if log.n_floored}
     if floored:
         lines.append(f"sanitised: {sum(floored.values())} importances too small to use were raised, in {len(floored)} tensors ({names_text(list(floored))})")
-    if feedback := [log.feedback for log in result.logs.values() if log.feedback is not None]:
+    if feedback := [matrix for log in result.logs.values() for matrix in log.feedback]:
         lines.append(feedback_line(feedback))
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
     lines.append(f"it says: {result.sample_text!r}")
@@ -148,7 +148,7 @@ def feedback_line(logs: Sequence[FeedbackLog]) -> str:
     ways = Counter(log.way for log in logs)
     won = ", ".join(f"{way} {n}" for way, n in ways.most_common())
     ratio = np.mean([log.held_out_ratio for log in logs])
-    return f"error feedback: {won} of {len(logs)} tensors; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
+    return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
 
 
 def written_json(result: WriteResult) -> dict[str, object]:

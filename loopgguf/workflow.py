@@ -12,7 +12,6 @@ from pathlib import Path
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key
 from loopgguf.evaluation import Quality, measure_quality
-from loopgguf.feedback import Compensate, refuse_without_gradients
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
 from loopgguf.importance import ImatrixRequest, compute_imatrix, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, resolve
@@ -51,8 +50,6 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     """
     request, settings = request or QuantizeRequest(), settings or Settings()
     source, notes = open_model(model, settings)
-    if request.compensate is not Compensate.OFF:
-        refuse_without_gradients(source)
     output = output or _foreseen_output(model, request)
     if output is not None and not request.keep_split and not request.dry_run:  # before an imatrix is made for it
         check_outputs(source, [output], (), overwrite=settings.overwrite)

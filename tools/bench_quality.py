@@ -1,7 +1,7 @@
 """How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
 
     python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
-        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…]
         [--markdown] [--json FILE]
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
@@ -11,7 +11,8 @@ figure. (Importances of zero are raised a little first, as in every file that lo
 
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
-plans a file no larger than B's and compares the two. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
+plans a file no larger than B's and compares the two; with `--compensate MODE` each preset's types are encoded with error
+feedback too, as B+MODE, and compared with B: the same bytes on both sides. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ def make_requests(options: argparse.Namespace) -> dict[str, QuantizeRequest]:
     common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())))
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
-    return {name: replace(common, quant_type=name) for name in presets} | {name: replace(ours, profile=name) for name in split(options.profiles)}
+    requests = {name: replace(common, quant_type=name) for name in presets}
+    if options.compensate is not Compensate.OFF:
+        requests |= {f"{name}+{options.compensate}": replace(ours, quant_type=name) for name in split(options.types)}
+    return requests | {name: replace(ours, profile=name) for name in split(options.profiles)}
 
 
 def make(model: Path, name: str, request: QuantizeRequest, folder: Path, options: argparse.Namespace) -> Candidate:
@@ -248,7 +252,10 @@ def parse_pairs(text: str) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    pairs = {f"{SIZE}{name}": name for name in split(options.at_size_of)} | parse_pairs(options.compare)
+    pairs = {f"{SIZE}{name}": name for name in split(options.at_size_of)}
+    if options.compensate is not Compensate.OFF:
+        pairs |= {f"{name}+{options.compensate}": name for name in split(options.types)}
+    pairs |= parse_pairs(options.compare)
     sections: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="loopgguf-quality-") as scratch:
         folder = options.keep or Path(scratch)
@@ -267,7 +274,12 @@ def main() -> int:
     parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
     parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, for whose sizes files are planned and compared with them")
-    parser.add_argument("--compensate", type=Compensate, default=Compensate.OFF, help="error feedback in all but the presets' files (default off)")
+    parser.add_argument(
+        "--compensate",
+        type=Compensate,
+        default=Compensate.OFF,
+        help="error feedback in profiles and files by size, and in a second file of each preset, which is compared with it",
+    )
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
     parser.add_argument("--reference", type=Path, metavar="GGUF", help="measure against this full-precision file (default: the model, converted as it is)")
