@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +24,9 @@ from loopgguf.activations import collect_grams_from_checkpoint, collect_grams_fr
 from loopgguf.architectures import input_group, tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
+from loopgguf.errors import InputError
 from loopgguf.formats import QUANTIZED_TYPES
+from loopgguf.grams import find_grams, load_grams
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
 from loopgguf.planner import PlanRow
 from loopgguf.progress import Progress
@@ -67,24 +70,21 @@ class Feedback:
             return (lambda matrix: self._of_embedding()) if EMBEDDING in self.train.outputs else None
         if not row.uses_imatrix:
             return None
-        return self._of_weight(row.name) if len(row.shape) == 2 else lambda matrix: self._of_expert(row.name, matrix)
+        return lambda matrix: self._of_weight(row) if len(row.shape) == 2 else self._of_expert(row, matrix)
 
     def _of_embedding(self) -> LossCurvature | None:
         train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
         return LossCurvature(H=_mean(train), held_out=_mean(holdout)) if holdout is not None and _are_enough(train, holdout) else None
 
-    def _of_weight(self, name: str) -> Callable[[int], LossCurvature | None]:
-        key = (input_group(name) or name, None)
+    def _of_weight(self, row: PlanRow) -> LossCurvature | None:
+        key = (input_group(row.name) or row.name, None)
         gram, held_out = self.train.inputs.get(key), self.holdout.inputs.get(key)
-
-        def find(_matrix: int) -> LossCurvature | None:
-            if gram is None or held_out is None or not _are_enough(gram, held_out):
-                return None
-            if name not in self.train.weighted:
-                return LossCurvature(self._with_sink(self.train, name, gram), self._with_sink(self.holdout, name, held_out))
-            return self._with_gradients(name, gram)
-
-        return find
+        if gram is None or held_out is None or not _are_enough(gram, held_out):
+            return None
+        _check_size(gram, row)
+        if row.name in self.train.weighted:
+            return self._with_gradients(row.name, gram)
+        return LossCurvature(self._with_sink(self.train, row.name, gram), self._with_sink(self.holdout, row.name, held_out))
 
     def _with_gradients(self, name: str, gram: Gram) -> LossCurvature:
         train, holdout = self.train, self.holdout
@@ -107,16 +107,35 @@ class Feedback:
             return _mean(gram)
         return (gram.total.astype(np.float64) + (SINK - 1) * first.outer) / max(gram.n_tokens, 1)
 
-    def _of_expert(self, name: str, matrix: int) -> LossCurvature | None:
+    def _of_expert(self, row: PlanRow, matrix: int) -> LossCurvature | None:
         """Return an expert's H, shrunk towards that of all experts of its layer as if one more token a column were theirs."""
-        group = input_group(name) or name
+        group = input_group(row.name) or row.name
         shared = [_shared(grams, group) for grams in (self.train, self.holdout)]
         if shared[0] is None or shared[1] is None or not _are_enough(shared[0], shared[1]):
             return None
+        _check_size(shared[0], row)
         H, held_out = (
             _shrunk(grams.inputs.get((group, matrix)), whole) for grams, whole in zip((self.train, self.holdout), shared, strict=True) if whole is not None
         )
         return LossCurvature(H, held_out)
+
+
+def _check_size(gram: Gram, row: PlanRow) -> None:
+    if len(gram.total) != row.shape[-1]:
+        raise InputError(
+            f"Gram matrix of {row.name}: got {len(gram.total)} columns, expected {row.shape[-1]}. Those beside the imatrix are of another model; make them anew"
+        )
+
+
+def stored_feedback(imatrix: Path | None) -> Feedback | None:
+    """Return the matrices that lie beside an imatrix, read when they are asked for; None where there are none.
+
+    Raises InputError as `grams.load_grams`.
+    """
+    if imatrix is None or not find_grams(imatrix):
+        return None
+    grams = load_grams(imatrix)
+    return Feedback(grams.train, grams.holdout)
 
 
 def _shared(grams: GramSet, group: str) -> Gram | None:
@@ -136,10 +155,13 @@ def _are_enough(train: Gram, holdout: Gram) -> bool:
     return holdout.n_tokens > 0 and train.n_tokens >= MIN_TOKENS_PER_COLUMN * len(train.total)
 
 
-def describe_feedback(source: Source, compensate: Compensate) -> str:
+def describe_feedback(source: Source, compensate: Compensate, stored: Feedback | None) -> str:
     """Return in a line what error feedback will do with a model."""
     effort = "down to single codes" if compensate.effort(_n_weights(source)) is FULL else "around the encoder"
-    basis = "gradients from a backward pass" if source.is_checkpoint else "inputs alone: a GGUF gives no gradients, a checkpoint folder would"
+    if stored is not None:
+        basis = f"the matrices beside the imatrix, with{'' if stored.train.weighted else 'out'} gradients"
+    else:
+        basis = "gradients from a backward pass" if source.is_checkpoint else "inputs alone: a GGUF gives no gradients, a checkpoint folder would"
     return f"error feedback: {effort}, under {basis}"
 
 

@@ -58,6 +58,7 @@ class Resolved:
         return Order(
             plan=self.plan,
             importance=self.importance,
+            imatrix=request.imatrix,
             compensate=request.compensate,
             calibration=request.calibration,
             keep_split=request.keep_split,

@@ -12,7 +12,7 @@ from pathlib import Path
 from loopgguf.architectures import tensor_role
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
 from loopgguf.errors import UsageError
-from loopgguf.feedback import Compensate, Feedback, describe_feedback, run_feedback
+from loopgguf.feedback import Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.opening import Settings, refuse_same_file
 from loopgguf.pipeline import Job, TensorLog, WriteResult, execute
@@ -30,6 +30,7 @@ class Order:
 
     plan: Plan
     importance: Importance | None = None
+    imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
     compensate: Compensate = Compensate.OFF
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     keep_split: bool = False
@@ -130,14 +131,20 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
             )
         )
 
+    def with_feedback(names: list[str], feedback: Feedback) -> None:
+        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, names)])
+
     def encode_layer(layer: int | None, feedback: Feedback) -> None:
-        of_layer = [name for name in left if tensor_role(name).layer == layer]
-        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, of_layer)])
+        with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
 
     if order.compensate is not Compensate.OFF:
-        settings.announce(describe_feedback(source, order.compensate))
-        chunks = calibration_chunks(source, order.calibration, settings)
-        run_feedback(source, chunks, encode_layer, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
+        stored = stored_feedback(order.imatrix)
+        settings.announce(describe_feedback(source, order.compensate, stored))
+        if stored is not None:
+            with_feedback(list(left), stored)
+        else:
+            chunks = calibration_chunks(source, order.calibration, settings)
+            run_feedback(source, chunks, encode_layer, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
     run(list(left.values()))
     return logs
 

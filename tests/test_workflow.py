@@ -250,6 +250,19 @@ def test_error_feedback_from_a_gguf(demo_gguf: Path) -> None:
     assert sum(log.feedback[0].way == "columns" for log in result.logs.values() if log.feedback) > 20
 
 
+def test_error_feedback_from_matrices_made_before(demo_model: Path) -> None:
+    """Matrices beside the imatrix that are not used, so that every file takes a backward pass of its own; or others than a pass gives."""
+    text = ImatrixRequest(n_samples=16, ctx_size=256, gram=True, gradient=True)
+    made = compute_imatrix(demo_model, Path("demo.imatrix.gguf"), text).path
+    said: list[str] = []
+    request = QuantizeRequest(quant_type="Q4_0", imatrix=made, calibration=replace(text, n_samples=1), compensate=Compensate.FAST)
+    stored = quantize(demo_model, Path("a.gguf"), request, Settings(announce=said.append))
+    assert "error feedback: around the encoder, under the matrices beside the imatrix, with gradients" in said
+    fresh = quantize(demo_model, Path("b.gguf"), QuantizeRequest(quant_type="Q4_0", calibration=text, compensate=Compensate.FAST))
+    ratios = [[log.held_out_ratio for name in sorted(r.logs) for log in r.logs[name].feedback] for r in (stored, fresh)]
+    assert len(ratios[0]) > 20 and np.allclose(*ratios, rtol=0.02)
+
+
 def test_the_device_reaches_every_pass_of_torch(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that stays on the CPU: where torch has no CUDA, one that goes to the GPU ends with torch's own error."""
     import torch

@@ -12,7 +12,8 @@ figure. (Importances of zero are raised a little first, as in every file that lo
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
 plans a file no larger than B's and compares the two; with `--compensate MODE` each preset's types are encoded with error
-feedback too, as B+MODE, and compared with B: the same bytes on both sides. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
+feedback too, as B+MODE, and compared with B: the same bytes on both sides. Each text is measured by itself. Nothing is
+tuned here and no file is chosen by these figures.
 """
 
 from __future__ import annotations
