@@ -11,7 +11,6 @@ are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,7 +69,7 @@ class Feedback:
             return (lambda matrix: self._of_embedding()) if EMBEDDING in self.train.outputs else None
         if not row.uses_imatrix:
             return None
-        return lambda matrix: self._of_weight(row) if len(row.shape) == 2 else self._of_expert(row, matrix)
+        return (lambda matrix: self._of_weight(row)) if len(row.shape) == 2 else self._of_experts(row)
 
     def _of_embedding(self) -> LossCurvature | None:
         train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
@@ -107,17 +106,19 @@ class Feedback:
             return _mean(gram)
         return (gram.total.astype(np.float64) + (SINK - 1) * first.outer) / max(gram.n_tokens, 1)
 
-    def _of_expert(self, row: PlanRow, matrix: int) -> LossCurvature | None:
-        """Return an expert's H, shrunk towards that of all experts of its layer as if one more token a column were theirs."""
+    def _of_experts(self, row: PlanRow) -> Callable[[int], LossCurvature | None]:
+        """Return what gives an expert's H, shrunk towards that of all experts of its layer as if one more token a column were theirs."""
         group = input_group(row.name) or row.name
-        shared = [_shared(grams, group) for grams in (self.train, self.holdout)]
-        if shared[0] is None or shared[1] is None or not _are_enough(shared[0], shared[1]):
-            return None
-        _check_size(shared[0], row)
-        H, held_out = (
-            _shrunk(grams.inputs.get((group, matrix)), whole) for grams, whole in zip((self.train, self.holdout), shared, strict=True) if whole is not None
-        )
-        return LossCurvature(H, held_out)
+        whole = functools.cache(lambda: (_shared(self.train, group), _shared(self.holdout, group)))
+
+        def find(matrix: int) -> LossCurvature | None:
+            train, holdout = whole()
+            if train is None or holdout is None or not _are_enough(train, holdout):
+                return None
+            _check_size(train, row)
+            return LossCurvature(_shrunk(self.train.inputs.get((group, matrix)), train), _shrunk(self.holdout.inputs.get((group, matrix)), holdout))
+
+        return find
 
 
 def _check_size(gram: Gram, row: PlanRow) -> None:
@@ -141,7 +142,7 @@ def stored_feedback(imatrix: Path | None) -> Feedback | None:
 def _shared(grams: GramSet, group: str) -> Gram | None:
     """Return what all experts of a layer saw together."""
     parts = [gram for (name, _), gram in grams.inputs.items() if name == group]
-    return functools.reduce(operator.add, parts) if parts else None
+    return Gram(np.sum([gram.total for gram in parts], axis=0), sum(gram.n_tokens for gram in parts)) if parts else None
 
 
 def _shrunk(own: Gram | None, shared: Gram) -> Matrix:
