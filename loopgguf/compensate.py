@@ -21,6 +21,7 @@ from scipy import linalg
 
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
+from loopgguf.super_weights import Pins, encode_pinned_rows, pins_between
 
 FloatArray = NDArray[np.float32]
 Matrix = NDArray[np.float64]
@@ -68,14 +69,16 @@ def _carry(U: Matrix, start: int, stop: int) -> Matrix:
     return np.asarray(linalg.solve_triangular(U[start:stop, start:stop], U[start:stop, stop:], lower=False))
 
 
-def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None) -> Encode:
-    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]."""
+def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None) -> Encode:
+    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]; pinned weights keep their value in `originals`."""
 
     def encode(rows: FloatArray, first: int) -> tuple[ggml.ByteArray, FloatArray]:
         if not ggml.rows_are_encodable(rows):  # ggml would abort the process
             raise np.linalg.LinAlgError("feedback made the weights that are still to come too large to encode")
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
         packed = ggml.encode_rows(ggml_type, np.ascontiguousarray(rows), weights)
+        if pins and weights is not None:
+            encode_pinned_rows(ggml_type, rows, weights, pins, packed, first, originals)
         return packed, ggml.decode_rows(ggml_type, packed)
 
     return encode
@@ -113,15 +116,16 @@ def compensate(
     *,
     importance: FloatArray,
     H_O: Matrix | None = None,
+    pins: Pins | None = None,
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
     W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
     encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
+    leaves the rows to themselves. pins: weights that keep their value. Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
     """
     n_out, n_in = W.shape
-    columns, encode = Columns(H, block_width(ggml_type)), ggml_encoder(ggml_type, importance)
+    columns, encode = Columns(H, block_width(ggml_type)), ggml_encoder(ggml_type, importance, pins, W)
     packed = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8)
     if H_O is None:
         return packed, columns.encode(W, encode, packed)
@@ -129,6 +133,7 @@ def compensate(
     target, decoded = W.astype(np.float32), np.empty_like(W)
     for start in range(0, n_out, ROW_BLOCK):
         stop = min(start + ROW_BLOCK, n_out)
+        encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, start, stop), W[start:stop])
         decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
         target[stop:] += _carry(U, start, stop).astype(np.float32).T @ (decoded[start:stop] - target[start:stop])
     return packed, decoded
@@ -187,16 +192,18 @@ PROBE_ROWS = 128  # on which dampings are compared
 
 
 def encode_guarded(
-    W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST
+    W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, dampings: tuple[Damping, ...] = FAST, pins: Pins | None = None
 ) -> Encoding:
     """Return the best of the plain encoding, the one with feedback along the rows, and that with feedback from row to
     row as well, judged by the held-out matrices.
 
     W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. dampings: those
-    tried on a sample of rows; the best of them encodes the tensor. Where feedback cannot be computed (a matrix that is not
+    tried on a sample of rows; the best of them encodes the tensor. pins: weights that keep their value. Where feedback cannot be computed (a matrix that is not
     positive definite, weights that run away) the plain encoding stays, and `way` says so.
     """
     plain = ggml.encode_rows(ggml_type, W, importance)
+    if pins and importance is not None:
+        encode_pinned_rows(ggml_type, W, importance, pins, plain)
     best = Encoding(plain, None, PLAIN, 1.0)
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
@@ -208,7 +215,7 @@ def encode_guarded(
         H = damped(objective, damping)
         for way, H_O in (("columns", None), ("columns and rows", curvature.H_O)):
             if way == "columns" or H_O is not None:
-                packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING))
+                packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=None if H_O is None else damped(H_O, ROW_DAMPING), pins=pins)
                 ratio = curvature.estimate(decoded - W) / plain_error
                 best = Encoding(packed, damping, way, ratio) if ratio < best.held_out_ratio else best
     except np.linalg.LinAlgError:

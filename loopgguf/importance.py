@@ -13,19 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, PassResult, gram_shapes, split_holdout
+from loopgguf.accumulators import EMBEDDING, Extremes, Key, PassResult, Spikes, gram_shapes, split_holdout
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
-from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
+from loopgguf.collection import Collector, GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.errors import InputError, UsageError
 from loopgguf.feedback import refuse_without_gradients
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
+from loopgguf.protection import (
+    DEFAULT_COVERAGE,
+    find_super_weights,
+    refuse_bad_coverage,
+    refuse_existing_protection,
+    save_protection,
+    select_mask,
+)
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
 from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
 from loopgguf.source import Source
 from loopgguf.statistics import ColumnSums, ImatrixFormat, Statistics, check_coverage, describe_gaps, load_imatrix, merge, save_imatrix
+from loopgguf.super_weights import Found
 from loopgguf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -46,6 +55,8 @@ class ImatrixRequest:
     seed: int = 0  # chooses documents where there are more than asked for; of no effect on texts alone
     gram: bool = False  # also write Gram matrices beside it
     gradient: bool = False  # those of the gradients too; a checkpoint folder only
+    super_weights: bool = False  # also look for super weights, and write them and the mask beside it
+    super_weight_coverage: float = DEFAULT_COVERAGE  # of the mask
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
     resume: bool = True
@@ -61,6 +72,7 @@ class ImatrixResult:
     run: PassResult
     chunks: Chunks
     notes: tuple[str, ...]
+    super_weights: Found | None = None  # None: not looked for
 
 
 def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
@@ -81,28 +93,33 @@ def _calibration_notes(chunks: Chunks) -> list[str]:
     return [*([f"calibration text: {shortage}"] if shortage else []), *chunks.notes]
 
 
+Save = Callable[[Statistics, Mapping[Key, Extremes] | None], None]
+
+
 def _collect(
-    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, output: Path, save: Callable[[Statistics], None]
+    source: Source, request: ImatrixRequest, chunks: Chunks, settings: Settings, job_folder: Path, output: Path, save: Save
 ) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
-    Gram matrices, where asked for, are published beside `output` before.
+    Gram matrices, where asked for, are published beside `output` before. `save` gets the extremes around each ffn_down too,
+    where super weights are looked for.
     """
-    columns = {"columns": ColumnSums(moments=True)}
+    columns, spikes = ColumnSums(moments=True), Spikes()
+    collectors: dict[str, Collector] = {"columns": columns, **({"spikes": spikes} if request.super_weights else {})}
     how = Pass(settings.n_threads, request.process_output, documents=chunks.documents if source.is_checkpoint else None, progress=settings.progress)
     with Job(job_folder, _job_fingerprint(source, request, chunks), resume=request.resume) as job:
         if request.gram:
-            run = _run_grams(source, request, chunks, columns, job, how, output, overwrite=settings.overwrite)
+            run = _run_grams(source, request, chunks, collectors, job, how, output, overwrite=settings.overwrite)
         else:
-            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, columns, job, how)
-        statistics = Statistics(columns["columns"].columns(), chunks.names, len(chunks.tokens), request.ctx_size)
-        save(statistics)
+            run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, collectors, job, how)
+        statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
+        save(statistics, spikes.extremes() if request.super_weights else None)
         job.finish()
     return statistics, run
 
 
 def _run_grams(
-    source: Source, request: ImatrixRequest, chunks: Chunks, columns: Mapping[str, ColumnSums], job: Job, how: Pass, output: Path, *, overwrite: bool
+    source: Source, request: ImatrixRequest, chunks: Chunks, collectors: Mapping[str, Collector], job: Job, how: Pass, output: Path, *, overwrite: bool
 ) -> PassResult:
     """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
     refuse_existing_grams(output, overwrite=overwrite)
@@ -112,9 +129,9 @@ def _run_grams(
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
     writer = GramWriter(job.shards, GramHeader(tuple(grams.holdout), request.seed, grams.label_seed, chunks.fingerprint))
     if source.is_checkpoint:
-        run = run_checkpoint(source.path, chunks.tokens, columns, job, how, grams, writer)
+        run = run_checkpoint(source.path, chunks.tokens, collectors, job, how, grams, writer)
     else:
-        run = run_gguf_grams(source.path, chunks.tokens, columns, job, how, grams, writer, shapes)
+        run = run_gguf_grams(source.path, chunks.tokens, collectors, job, how, grams, writer, shapes)
     writer.publish(output, overwrite=overwrite)
     return run
 
@@ -132,6 +149,7 @@ def _job_fingerprint(source: Source, request: ImatrixRequest, chunks: Chunks) ->
         "gram": request.gram,
         "gradient": request.gradient,
         "seed": request.seed if request.gram else None,
+        "super weights": request.super_weights,
     }
 
 
@@ -153,6 +171,9 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     request, settings = request or ImatrixRequest(), settings or Settings()
     output = _imatrix_path(model, output, request)
     refuse_existing(output, overwrite=settings.overwrite)
+    if request.super_weights:
+        refuse_bad_coverage(request.super_weight_coverage)
+        refuse_existing_protection(output, overwrite=settings.overwrite)
     parts = [load_imatrix(path) for path in request.in_files]
     source, notes = open_model(model, settings)
     if request.gradient:
@@ -162,15 +183,22 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         raise UsageError("--process-output and --gram do not go together for a checkpoint folder: make the Gram matrices in a run of their own")
     chunks = calibration_chunks(source, request, settings)
 
-    def save(collected: Statistics) -> None:
+    found: Found | None = None
+
+    def save(collected: Statistics, extremes: Mapping[Key, Extremes] | None) -> None:
+        nonlocal found
         merged = merge([collected, *parts]) if parts else collected
-        check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        checked = check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        if extremes is not None:
+            found = find_super_weights(source, chunks, settings, extremes)
+            mask = select_mask(source, checked.statistics, request.super_weight_coverage, settings)
+            save_protection(found, mask, output, overwrite=settings.overwrite)
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
     statistics, run = _collect(source, request, chunks, settings, request.job_folder or output.with_name(output.name + ".job"), output, save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
-    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
+    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps), found)
 
 
 def merge_imatrices(
@@ -242,7 +270,7 @@ def given_importance(source: Source, imatrix: Path) -> Importance:
 
 def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
-    request = replace(request, process_output=False, gram=False, gradient=False, in_files=(), output_format=None, job_folder=None)
+    request = replace(request, process_output=False, gram=False, gradient=False, super_weights=False, in_files=(), output_format=None, job_folder=None)
     chunks = calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
@@ -256,7 +284,7 @@ def made_importance(source: Source, request: ImatrixRequest, settings: Settings,
         return replace(planned, origin=origin, notes=(f"imatrix: would be made from {text}",))
     else:
         job = cached.with_suffix(".job")
-        found, run = _collect(source, request, chunks, settings, job, cached, lambda made: save_imatrix(made, cached, overwrite=True))
+        found, run = _collect(source, request, chunks, settings, job, cached, lambda made, _: save_imatrix(made, cached, overwrite=True))
         notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
     coverage = check_coverage(found, source.tensors)
     return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])

@@ -14,10 +14,11 @@ from loopgguf.errors import UsageError
 from loopgguf.feedback import Compensate, Feedback, collect_feedback
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.opening import Settings, refuse_same_file
-from loopgguf.pipeline import Job, TensorLog, WriteResult, execute
+from loopgguf.pipeline import Job, KeptWeight, TensorLog, WriteResult, execute
 from loopgguf.planner import OUTPUT, Plan, PlanRow
+from loopgguf.protection import Protection, flat_row
 from loopgguf.source import Source
-from loopgguf.verify import speak, verify_file
+from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
@@ -31,6 +32,7 @@ class Order:
     importance: Importance | None = None
     compensate: Compensate = Compensate.OFF
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    protection: Protection | None = None
     keep_split: bool = False
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
 
@@ -52,6 +54,8 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     metadata["loopgguf.plan_hash"] = string(plan.hash)
     if order.compensate is not Compensate.OFF:
         metadata["loopgguf.compensate"] = string(order.compensate)
+    if order.protection is not None:
+        metadata["loopgguf.super_weights"] = string("protected")
     return metadata
 
 
@@ -110,23 +114,33 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     if order.compensate is not Compensate.OFF:
         chunks = calibration_chunks(source, order.calibration, settings)
         feedback = collect_feedback(source, chunks, order.compensate, n_threads=settings.n_threads, progress=settings.progress)
-    logs, seconds, sample_text = _write(source, order, files, feedback, settings)
-    return WriteResult(order.plan, paths, n_bytes, logs, seconds, sample_text, tuple(notes))
+    written = _write(source, order, files, feedback, settings)
+    return WriteResult(order.plan, paths, n_bytes, written.logs, written.seconds, written.sample_text, tuple(notes), super_weights=written.super_weights)
 
 
-def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile, feedback: Feedback | None) -> list[Job]:
+def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: PartFile, feedback: Feedback | None, protection: Protection | None) -> list[Job]:
     tensors = {tensor.name: tensor for tensor in source.tensors}
     jobs = [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
+    if protection is not None:
+        jobs = [replace(job, pins=protection.pins(job.tensor)) if job.row.uses_imatrix else job for job in jobs]
     if feedback is None:
         return jobs
     is_tied = OUTPUT not in tensors
     return [replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), dampings=feedback.dampings) for job in jobs]
 
 
-def _write(
-    source: Source, order: Order, files: Sequence[tuple[Path, Layout]], feedback: Feedback | None, settings: Settings
-) -> tuple[Mapping[str, TensorLog], Mapping[str, float], str]:
-    """Encode, flush, verify and publish; return the log of each tensor, the seconds of each phase, and what the file said."""
+@dataclass(frozen=True)
+class _Written:
+    """What came of writing: the log of each tensor, the seconds of each phase, what the file said, and its super weights."""
+
+    logs: Mapping[str, TensorLog]
+    seconds: Mapping[str, float]
+    sample_text: str
+    super_weights: tuple[KeptWeight, ...] | None
+
+
+def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], feedback: Feedback | None, settings: Settings) -> _Written:
+    """Encode, flush, verify and publish."""
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -142,7 +156,7 @@ def _write(
             for part, layout in parts:
                 part.write_at(0, layout.header)
             logs = execute(
-                [job for part, layout in parts for job in _jobs(source, rows, layout, part, feedback)],
+                [job for part, layout in parts for job in _jobs(source, rows, layout, part, feedback, order.protection)],
                 order.importance if order.importance is not None else lambda name: None,
                 n_threads=settings.n_threads,
                 max_buffer_bytes=settings.max_buffer_bytes,
@@ -153,8 +167,22 @@ def _write(
                 part.sync()
         with timed("verify"):
             sample_text = _verify(source, parts, logs, settings)
+            kept = None if order.protection is None else _read_back(order.protection, source, rows, parts)
         _publish_all([part for part, _ in parts])
-    return logs, seconds, sample_text
+    return _Written(logs, seconds, sample_text, kept)
+
+
+def _read_back(protection: Protection, source: Source, rows: Mapping[str, PlanRow], parts: Sequence[tuple[PartFile, Layout]]) -> tuple[KeptWeight, ...]:
+    """Return every super weight as the written file holds it."""
+    places = {info.name: (part.path, info) for part, layout in parts for info in layout.tensors}
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    kept = []
+    for weight in protection.found.weights:
+        path, info = places[weight.name]
+        row, column = flat_row(tensors[weight.name], weight.matrix, weight.spike.row), weight.spike.column
+        now = rows[weight.name].type
+        kept.append(KeptWeight(weight, now, protection.raised.get(weight.name, now), float(decode_row(path, info, row)[column])))
+    return tuple(kept)
 
 
 def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:
