@@ -122,7 +122,7 @@ def _jobs(source: Source, rows: Mapping[str, PlanRow], layout: Layout, part: Par
     tensors = {tensor.name: tensor for tensor in source.tensors}
     jobs = [Job(tensors[info.name], rows[info.name], part, info) for info in layout.tensors]
     if protection is not None:
-        jobs = [replace(job, pins=protection.pins(job.tensor)) if job.row.uses_imatrix else job for job in jobs]
+        jobs = [replace(job, pins=protection.pins(job.tensor)) if job.row.is_encoded else job for job in jobs]
     if feedback is None:
         return jobs
     is_tied = OUTPUT not in tensors

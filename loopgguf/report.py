@@ -28,7 +28,6 @@ from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
 from loopgguf.statistics import Statistics, load_imatrix
-from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
 from loopgguf.summary import (
     Comparison,
     ExpertCoverage,
@@ -40,6 +39,7 @@ from loopgguf.summary import (
     summarize_experts,
     summarize_tensors,
 )
+from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
 _PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
