@@ -66,12 +66,18 @@ _ACTIVATIONS = 24  # floats per token that a backward pass keeps of a layer, in 
 
 @dataclass(frozen=True)
 class WeightEdit:
-    """One weight of a layer set to another value for the time of a pass: GGUF name, row and column in the GGUF's order."""
+    """One weight of a layer set to another value for the time of a pass: GGUF name, row and column in the GGUF's order.
+
+    matrix: the expert's number (None: the weight is one matrix). original: the value it has, which the llama.cpp engine
+    needs, for it corrects the output instead.
+    """
 
     name: str
     row: int
     column: int
     value: float
+    matrix: int | None = None
+    original: float | None = None
 
 
 @dataclass(frozen=True)
@@ -453,7 +459,7 @@ class _Hooks:
         def listen(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
             X = args[0].detach().reshape(-1, args[0].shape[-1])
             self.audience.add(name, None, X)
-            if self.audience.wants_outputs:
+            if self.audience.wants_output(name):
                 self.audience.add_output(name, None, in_gguf_order(output if module.bias is None else output - module.bias))
             if self.with_gradients:
                 tell: Any = output.register_hook
