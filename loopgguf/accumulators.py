@@ -625,6 +625,7 @@ def _share(part: float, whole: float) -> float:
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
+MAX_NATS = 700.0  # beyond it exp overflows
 _LOGIT_SLAB = 16  # rows of logits worked on at a time: they stay in the cache
 
 
@@ -669,6 +670,6 @@ def summarize_pass(nll: NDArray[np.float64]) -> PassResult:
     """Return the perplexity of token losses in nats; raises InputError when they are not finite."""
     if not np.isfinite(nll).all():
         raise InputError("logits of the calibration pass: got NaN or infinity, expected finite numbers. The weights are damaged")
-    perplexity = math.exp(min(float(nll.mean()), 700.0))
+    perplexity = math.exp(min(float(nll.mean()), MAX_NATS))
     standard_error = perplexity * math.sqrt(float(nll.var()) / max(len(nll) - 1, 1))
     return PassResult(perplexity, standard_error, len(nll))
