@@ -25,8 +25,8 @@ from loopgguf.activations import first_scored
 from loopgguf.container import read_shards
 from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Floats = NDArray[np.float64]
 Logits = NDArray[np.float32]
 

@@ -23,9 +23,8 @@ from loopgguf.errors import UsageError
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.layerwise import collect_gradients
 from loopgguf.planner import PlanRow
+from loopgguf.progress import Progress
 from loopgguf.source import Source
-
-Progress = Callable[[str, int, int], None]
 
 SEED = 0  # of the held-out chunks and of the labels
 MIN_TOKENS_PER_COLUMN = 8  # below it a covariance is noise: the plain encoder's bytes stay

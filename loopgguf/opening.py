@@ -19,11 +19,10 @@ from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.container import write_gguf
 from loopgguf.errors import InputError, OutputError, UsageError
 from loopgguf.llama import Model
+from loopgguf.progress import Progress
 from loopgguf.proof import prove_vocabulary
 from loopgguf.source import Source, open_source
 from loopgguf.version import __version__
-
-Progress = Callable[[str, int, int], None]
 
 DEFAULT_MAX_BUFFER_BYTES = 256 << 20
 DEFAULT_CTX_SIZE = 512
