@@ -24,45 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf import ggml
-from loopgguf.accumulators import (
-    MAX_NATS,
-    Accumulator,
-    Audience,
-    GramSet,
-    GramSums,
-    HoldoutSplit,
-    PassResult,
-    document_starts,
-    first_scored,
-    gram_bytes,
-    plan_passes,
-    score_tokens,
-    scored_targets,
-    summarize_pass,
-)
+from loopgguf.accumulators import Accumulator, Audience, HoldoutSplit, document_starts
 from loopgguf.architectures import tensor_role
+from loopgguf.curvature import GramSet, GramSums, gram_bytes, plan_passes
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
-from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, HEAD, PHASE, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, PHASE, collect_from_checkpoint, collect_gradients
 from loopgguf.llama import Context, Model, max_sequences
+from loopgguf.loss import MAX_NATS, PassResult, first_scored, score_tokens, scored_targets, summarize_pass
 from loopgguf.progress import Meter, Progress
+from loopgguf.torch_model import HEAD
 
-__all__ = [
-    "Accumulator",
-    "GramSink",
-    "HoldoutSplit",
-    "PassResult",
-    "WeightEdit",
-    "collect_from_checkpoint",
-    "collect_from_gguf",
-    "collect_gradients",
-    "collect_grams_from_checkpoint",
-    "collect_grams_from_gguf",
-    "finished_layers",
-    "first_scored",
-    "score_tokens",
-    "summarize_pass",
-]
+__all__ = ["GramSink", "collect_from_checkpoint", "collect_from_gguf", "collect_gradients", "collect_grams_from_checkpoint", "collect_grams_from_gguf"]
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]

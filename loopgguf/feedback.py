@@ -15,13 +15,15 @@ from enum import StrEnum
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, Gram, GramStatistics, GramSums, HoldoutSplit, PassResult, gram_bytes, gram_shapes, split_holdout
+from loopgguf.accumulators import EMBEDDING, HoldoutSplit, split_holdout
 from loopgguf.architectures import input_group
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
+from loopgguf.curvature import Gram, GramStatistics, GramSums, gram_bytes, gram_shapes
 from loopgguf.errors import UsageError
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.layerwise import collect_gradients
+from loopgguf.loss import PassResult
 from loopgguf.planner import PlanRow
 from loopgguf.progress import Progress
 from loopgguf.source import Source

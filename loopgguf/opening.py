@@ -84,7 +84,7 @@ def open_model(model: Path, settings: Settings) -> tuple[Source, list[str]]:
 def _refuse_device(source: Source, device: str) -> None:
     if not source.is_checkpoint:
         raise UsageError(f"--device {device}: {source.path} is a GGUF, which llama.cpp runs on the CPU. Leave the option out, or give the checkpoint folder")
-    from loopgguf.layerwise import refuse_device
+    from loopgguf.torch_model import refuse_device
 
     refuse_device(device)
 
