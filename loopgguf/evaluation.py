@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.activations import first_scored
 from loopgguf.container import read_shards
 from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
+from loopgguf.loss import first_scored
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Floats = NDArray[np.float64]
 Logits = NDArray[np.float32]
 

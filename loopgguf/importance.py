@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, PassResult, gram_shapes, split_holdout
+from loopgguf.accumulators import EMBEDDING, split_holdout
 from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
 from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
+from loopgguf.curvature import gram_shapes
 from loopgguf.errors import InputError, UsageError
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
+from loopgguf.loss import PassResult
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
 from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities

@@ -25,10 +25,9 @@ from loopgguf.container import PartFile, TensorInfo
 from loopgguf.errors import InputError, QualityError
 from loopgguf.formats import FLOAT_TYPES, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, row_bytes
 from loopgguf.planner import Plan, PlanRow
+from loopgguf.progress import Progress
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
-
-Progress = Callable[[str, int, int], None]
 
 SLAB_WEIGHTS = 1 << 20  # enough work to hide Python's overhead, small enough that a slab stays in the caches
 SAMPLED_ROWS = 8  # of each encoded tensor, decoded again at once and after the file is reopened

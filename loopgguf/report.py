@@ -17,11 +17,11 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from loopgguf.accumulators import GramSet, LayerSummary, summarize_layer
 from loopgguf.architectures import tensor_role
 from loopgguf.attention import load_attention
 from loopgguf.calibration import Share
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
+from loopgguf.curvature import GramSet, LayerSummary, summarize_layer
 from loopgguf.errors import InputError
 from loopgguf.evaluation import Measure, Quality, labelled
 from loopgguf.formats import FORMATS, GgmlType

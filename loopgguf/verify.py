@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,8 @@ from loopgguf.errors import InputError, LoopggufError, QualityError
 from loopgguf.formats import FORMATS, row_bytes
 from loopgguf.llama import Context, Model
 from loopgguf.pipeline import SAMPLED_ROWS, SampledError, TensorLog, relative_error
+from loopgguf.progress import Progress
 from loopgguf.source import Tensor
-
-Progress = Callable[[str, int, int], None]
 
 CHILD_MEMORY_BYTES = 2 << 30  # vocabulary, KV cache of a few hundred tokens and compute buffers fit; the weights are mapped
 _SLAB_BYTES = 1 << 20

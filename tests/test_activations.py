@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loopgguf import ggml
-from loopgguf.accumulators import ColumnSums, GramSet, GramSums, HoldoutSplit, Spikes
+from loopgguf.accumulators import ColumnSums, HoldoutSplit, Spikes
 from loopgguf.activations import (
     GgmlTensor,
     collect_from_checkpoint,
@@ -28,6 +28,7 @@ from loopgguf.activations import (
 from loopgguf.attention import AttentionMass
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.curvature import GramSet, GramSums
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
@@ -65,13 +66,6 @@ class OutputMeans:
 
 def squares(X: np.ndarray) -> np.ndarray:
     return (X.astype(np.float64) ** 2).sum(axis=0)
-
-
-@pytest.fixture(scope="module")
-def chunks(demo_gguf: Path) -> np.ndarray:
-    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
-    with Model(demo_gguf, vocab_only=True) as model:
-        return load_chunks(model, [default_text("calibration")], 128, 4).tokens
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    models.add_options(parser)
+    models.add_model_option(parser, "demo")
+    models.add_text_option(parser)
     parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
     parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, for whose sizes files are planned and compared with them")
