@@ -37,7 +37,7 @@ from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import Measure, PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
 from loopgguf.opening import default_threads
-from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, evaluate, quantize, reference_gguf
+from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, evaluate, quantize, reference_gguf
 
 DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
 SIZE = "size-of-"  # begins the name of a file that is planned for a preset's exact size
@@ -126,6 +126,15 @@ def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> l
     return list(candidates.values())
 
 
+def make_grams(model: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Return an imatrix with Gram matrices and gradients beside it, from one pass for all files that take them."""
+    start = time.perf_counter()
+    request = ImatrixRequest(tuple(options.calibration or ()), gram=True, gradient=True)
+    path = compute_imatrix(model, folder / f"{model.stem}.imatrix.gguf", request, Settings(n_threads=options.threads, overwrite=True)).path
+    note(f"  made {path.name} with Gram matrices: {time.perf_counter() - start:.0f} s")
+    return path
+
+
 def imatrix_text(candidates: Sequence[Candidate]) -> str:
     """Return what the files' imatrix was made from, as they say themselves."""
     for candidate in candidates:
@@ -158,6 +167,8 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     reference, notes = reference_gguf(options.reference or model, Settings(n_threads=options.threads))
     for line in notes:
         note(f"  {line}")
+    if options.compensate is not Compensate.OFF and options.imatrix is None:
+        options = argparse.Namespace(**{**vars(options), "imatrix": make_grams(model, folder, options)})
     candidates = make_candidates(model, folder, options)
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
