@@ -125,6 +125,8 @@ OutputTypeOption = Annotated[str | None, typer.Option("--output-tensor-type", he
 EmbeddingTypeOption = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")]
 LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")]
 RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
+ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
+EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -472,10 +474,10 @@ def convert(
 @app.command()
 def evaluate(
     candidate: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The GGUF to measure.")],
-    reference: Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")],
+    reference: ReferenceOption,
     file: TextOption = None,
     ctx_size: ContextOption = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")] = None,
+    chunks: EvaluatedChunksOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -490,8 +492,34 @@ def evaluate(
     if as_json:
         _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality)})
         return
-    scored = f"{quality.n_scored:,} scored tokens, {quality.n_chunks} chunks of {quality.n_ctx}, of {', '.join(result.chunks.names)}"
-    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {scored}"))
+    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
+
+
+@app.command()
+def compare(
+    candidates: Annotated[list[Path], typer.Argument(metavar="A.gguf B.gguf…", help="The GGUFs to measure, of one model.")],
+    reference: ReferenceOption,
+    file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    chunks: EvaluatedChunksOption = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="The file the others are compared with. Default: the first.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure GGUFs of one model side by side on held-out text: a line each, sorted by size, with paired differences."""
+    from loopgguf import report
+    from loopgguf.workflow import compare as run
+
+    with ExitStack() as stack:
+        settings = _settings(stack, threads)
+        result = run(candidates, reference, tuple(file or ()), baseline=baseline, ctx_size=ctx_size, n_chunks=chunks, settings=settings)
+    _print_notes(result.notes)
+    if as_json:
+        heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
+        _print_json({**heading, "files": report.compared_json(result.files)})
+        return
+    title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
+    _console().print(report.compared_table(result.files, result.baseline, title))
 
 
 @app.command()

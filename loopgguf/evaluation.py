@@ -12,7 +12,7 @@ It judges nothing: what is good enough is decided by whoever asked.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ MIN_SCORED_FOR_TAIL = 20_000  # below it, 99.9 % rests on fewer than 20 tokens
 TAIL_PERCENT = 99.9
 QUANTILES_PERCENT = (TAIL_PERCENT, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
 N_BOOTSTRAP = 200  # resamples; the error of a standard error is then 5 %
+N_BOOTSTRAP_INTERVAL = 2000  # the ends of an interval need more
+INTERVAL_PERCENT = 95.0
 _SLAB_LOGITS = 1 << 19  # 4 MiB as float64; a slab in flight holds a few such arrays
 _MIN_CTX = 4  # the shortest chunk with a scored position
 
@@ -92,6 +94,7 @@ class PairedComparison:
 
     mean_kld_difference_nats: Measure
     mean_kld_ratio: Measure | None  # None when b is identical to the reference
+    mean_kld_ratio_interval: tuple[float, float] | None  # 95 %, from a bootstrap over chunks; None for a single chunk too
     ln_perplexity_difference: Measure
 
 
@@ -210,26 +213,39 @@ def _chunks(tokens: NDArray[np.int32], phase: str, progress: Progress | None) ->
             progress(phase, number + 1, n_chunks)
 
 
-def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Quality:
-    """Return how close the GGUF `candidate` is to the GGUF `reference` on the text in `tokens`.
+def measure_qualities(
+    candidates: Sequence[Path], reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None
+) -> list[Quality]:
+    """Return how close each of the GGUFs `candidates` is to the GGUF `reference` on the text in `tokens`, in their order.
 
     tokens: (n_chunks, n_ctx) int32 token ids, chunks as llama-perplexity cuts them (BOS in place of the first token
     where the vocabulary adds one). Of each chunk, positions n_ctx / 2 … n_ctx − 2 are scored. The models run one after
-    the other on each chunk, with the same cache and attention settings; both stay mapped, and llama.cpp holds
-    n_ctx × n_vocab float32 logits for each. Raises InputError for files that do not load or whose vocabularies differ,
-    UsageError for too little text, QualityError for logits that are not finite.
+    the other on each chunk, the reference once for all, with the same cache and attention settings; all stay mapped, and
+    llama.cpp holds the scored positions × n_vocab float32 logits of one chunk for each. Raises InputError for files that
+    do not load or whose vocabularies differ, UsageError for too little text, QualityError for logits that are not finite.
     """
     n_chunks, n_ctx = _check_shape(tokens)
-    _check_same_vocabulary(candidate, reference)
-    scores = []
-    with _Runner(reference, n_ctx, n_threads) as base, _Runner(candidate, n_ctx, n_threads) as ours, ThreadPoolExecutor(n_threads) as pool:
-        if base.model.n_vocab != ours.model.n_vocab:
-            raise InputError(f"vocabulary of {candidate}: got {ours.model.n_vocab} tokens, expected the {base.model.n_vocab} of {reference}")
+    for candidate in candidates:
+        _check_same_vocabulary(candidate, reference)
+    scores: list[list[Scores]] = [[] for _ in candidates]
+    with ExitStack() as stack:
+        base, *ours = (stack.enter_context(_Runner(path, n_ctx, n_threads)) for path in (reference, *candidates))
+        pool = stack.enter_context(ThreadPoolExecutor(n_threads))
+        for runner in ours:
+            if base.model.n_vocab != runner.model.n_vocab:
+                raise InputError(f"vocabulary of {runner.path}: got {runner.model.n_vocab} tokens, expected the {base.model.n_vocab} of {reference}")
         _check_tokens(tokens, base.model, reference)
         for number, chunk, targets in _chunks(tokens, "evaluate", progress):
             reference_logits = base.logits(chunk, number)
-            scores.append(_score_chunk(pool, reference_logits, ours.logits(chunk, number), targets))
-    return summarize(_concatenate(scores), n_chunks, n_ctx, hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest())
+            for runner, scored in zip(ours, scores, strict=True):
+                scored.append(_score_chunk(pool, reference_logits, runner.logits(chunk, number), targets))
+    fingerprint = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
+    return [summarize(_concatenate(scored), n_chunks, n_ctx, fingerprint) for scored in scores]
+
+
+def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Quality:
+    """Return how close one GGUF is to `reference`: `measure_qualities` of it alone."""
+    return measure_qualities([candidate], reference, tokens, n_threads=n_threads, progress=progress)[0]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -365,6 +381,19 @@ def _ratio(a: Floats, b: Floats) -> Measure | None:
     return Measure(ratio, _mean((a - ratio * b) / b.mean()).standard_error)
 
 
+def _ratio_interval(a: Floats, b: Floats) -> tuple[float, float] | None:
+    """Return the 95 % interval of mean(a) / mean(b): percentiles over resampled pairs of chunks, with a fixed seed."""
+    if len(b) < 2:
+        return None
+    draws = np.random.default_rng(0).integers(0, len(b), (N_BOOTSTRAP_INTERVAL, len(b)))
+    below = b[draws].mean(axis=1)
+    if not below.all():
+        return None
+    outside = (100 - INTERVAL_PERCENT) / 2
+    low, high = np.percentile(a[draws].mean(axis=1) / below, (outside, 100 - outside))
+    return float(low), float(high)
+
+
 def compare_paired(a: Quality, b: Quality) -> PairedComparison:
     """Return how candidate a differs from candidate b, with standard errors over the paired chunks.
 
@@ -377,4 +406,4 @@ def compare_paired(a: Quality, b: Quality) -> PairedComparison:
         raise UsageError("paired comparison: got measurements against different references, expected one. Evaluate both against the same file")
     kld_a, kld_b = (q.token_kld_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
     nll_a, nll_b = (q.token_nll_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
-    return PairedComparison(_mean(kld_a - kld_b), _ratio(kld_a, kld_b), _mean(nll_a - nll_b))
+    return PairedComparison(_mean(kld_a - kld_b), _ratio(kld_a, kld_b), _ratio_interval(kld_a, kld_b), _mean(nll_a - nll_b))

@@ -20,10 +20,11 @@ from rich.text import Text
 from loopgguf.architectures import tensor_role
 from loopgguf.attention import load_attention
 from loopgguf.calibration import Share
+from loopgguf.comparison import ComparedFile
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
 from loopgguf.curvature import GramSet, LayerSummary, summarize_layer
 from loopgguf.errors import InputError
-from loopgguf.evaluation import Measure, Quality, labelled
+from loopgguf.evaluation import INTERVAL_PERCENT, Measure, Quality, labelled
 from loopgguf.formats import FORMATS, GgmlType
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
@@ -186,6 +187,67 @@ def quality_json(quality: Quality) -> dict[str, object]:
     """Return the quality as JSON-able values, without the per-token arrays."""
     numbers = {label: asdict(measure) if measure is not None else {"omitted": quality.omitted[label]} for label, measure in labelled(quality).items()}
     return {"n_chunks": quality.n_chunks, "n_ctx": quality.n_ctx, "n_scored": quality.n_scored, "tokens_sha256": quality.tokens_sha256, "measured": numbers}
+
+
+def scored_text(quality: Quality, texts: Sequence[str]) -> str:
+    """Return in words what a quality was measured on."""
+    return f"{quality.n_scored:,} scored tokens, {quality.n_chunks} chunks of {quality.n_ctx}, of {', '.join(texts)}"
+
+
+def with_error(measure: Measure | None, n_digits: int, unit: str = "") -> str:
+    """Return a number and its standard error with `n_digits` decimals each; nothing for None."""
+    if measure is None:
+        return ""
+    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.{n_digits}f}"
+    return f"{measure.value:.{n_digits}f}{error}{unit}"
+
+
+def measured_cells(quality: Quality) -> tuple[str, ...]:
+    """Return the numbers that go under `MEASURED_COLUMNS`."""
+    return (
+        with_error(quality.mean_kld_nats, 5),
+        with_error(quality.kld_quantiles_nats[99.0], 3),
+        with_error(quality.same_top_percent, 2, " %"),
+        with_error(quality.perplexity_ratio, 4),
+    )
+
+
+MEASURED_COLUMNS = ("mean KLD", "99 % KLD", "same top p", "PPL ratio")
+
+
+def baseline_text(file: ComparedFile) -> str:
+    """Return the ratio of a file's mean KLD to the baseline's, with its interval over chunks."""
+    if file.to_baseline is None:
+        return "baseline"
+    ratio, interval = file.to_baseline.mean_kld_ratio, file.to_baseline.mean_kld_ratio_interval
+    if ratio is None:
+        return "(the baseline's is 0)"
+    return f"{ratio.value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval is not None else "")
+
+
+def compared_table(files: Sequence[ComparedFile], baseline: str, title: str = "") -> Table:
+    """Return one line per file; `*` in the last column marks those that no other file beats in size and mean KLD."""
+    headings = ("file", "bytes", "bpw", *MEASURED_COLUMNS, f"mean KLD ÷ {baseline}'s [{INTERVAL_PERCENT:g} %]", "Pareto")
+    result = table(*headings, title=title, numbers=headings[1:-1])
+    for file in files:
+        mark = "*" if file.is_pareto else ""
+        result.add_row(Text(file.name), f"{file.n_bytes:,}", f"{file.bpw:.3f}", *measured_cells(file.quality), Text(baseline_text(file)), mark)
+    return result
+
+
+def compared_json(files: Sequence[ComparedFile]) -> list[dict[str, object]]:
+    """Return compared files as JSON-able values; `to_baseline` is null for the baseline itself."""
+    return [
+        {
+            "name": file.name,
+            "bytes": file.n_bytes,
+            "bpw": file.bpw,
+            **quality_json(file.quality),
+            "to_baseline": asdict(file.to_baseline) if file.to_baseline is not None else None,
+            "is_pareto": file.is_pareto,
+        }
+        for file in files
+    ]
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

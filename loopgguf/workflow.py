@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key
-from loopgguf.evaluation import Quality, measure_quality
+from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
+from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
 from loopgguf.importance import ImatrixRequest, compute_imatrix, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, resolve
@@ -25,11 +26,13 @@ from loopgguf.source import Source, open_source
 from loopgguf.version import __version__
 
 __all__ = [
+    "ComparisonResult",
     "EvaluationResult",
     "ImatrixRequest",
     "PlanResult",
     "QuantizeRequest",
     "Settings",
+    "compare",
     "compute_imatrix",
     "convert",
     "evaluate",
@@ -133,6 +136,17 @@ class EvaluationResult:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ComparisonResult:
+    """Files measured against one reference on one text, sorted by size; `baseline` is the name of the one they are compared with."""
+
+    files: tuple[ComparedFile, ...]
+    reference: Path
+    baseline: str
+    chunks: Chunks
+    notes: tuple[str, ...]
+
+
 def evaluate(
     candidate: Path,
     reference: Path,
@@ -147,13 +161,34 @@ def evaluate(
     files: texts, default the held-out text that ships with the package. Both models are run by llama.cpp with the same
     settings, side by side; no logit file is written. Raises InputError for bad files, texts or different vocabularies.
     """
+    result = compare([candidate], reference, files, ctx_size=ctx_size, n_chunks=n_chunks, settings=settings)
+    return EvaluationResult(candidate, reference, result.files[0].quality, result.chunks, result.notes)
+
+
+def compare(
+    candidates: Sequence[Path],
+    reference: Path,
+    files: Sequence[str | Path] = (),
+    *,
+    baseline: str | None = None,
+    ctx_size: int = DEFAULT_CTX_SIZE,
+    n_chunks: int | None = None,
+    settings: Settings | None = None,
+) -> ComparisonResult:
+    """Measure GGUFs of one model against its full-precision reference on the same text, the reference being run once.
+
+    baseline: the path, file name or name without `.gguf` of the candidate that the others are compared with, default the
+    first. Everything else as in `evaluate`. Raises UsageError for a file given twice or an unknown baseline.
+    """
     settings = settings or Settings()
-    source = open_source(candidate)  # first: a bad file is refused before a reference is converted for it
+    names, at = short_names(candidates), find_baseline(baseline, candidates)
+    sources = [open_source(candidate) for candidate in candidates]  # first: a bad file is refused before a reference is converted for it
     reference_path, notes = reference_gguf(reference, settings)
-    chunks = cut_text(source, files, "heldout", ctx_size, n_chunks, settings)
-    calibrated_on = source.metadata.get("quantize.imatrix.dataset")
-    overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
-    if overlap:
-        notes.append(f"{', '.join(overlap)} is also the calibration text of this file: its figures flatter; evaluate on other text")
-    quality = measure_quality(candidate, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
-    return EvaluationResult(candidate, reference, quality, chunks, (*notes, *chunks.notes))
+    chunks = cut_text(open_source(reference_path), files, "heldout", ctx_size, n_chunks, settings)
+    for name, source in zip(names, sources, strict=True):
+        calibrated_on = source.metadata.get("quantize.imatrix.dataset")
+        overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
+        if overlap:
+            notes.append(f"{', '.join(overlap)} is also the calibration text of {name}: its figures flatter; evaluate on other text")
+    qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
+    return ComparisonResult(compare_measured(candidates, qualities, at), reference, names[at], chunks, (*notes, *chunks.notes))

@@ -77,7 +77,7 @@ def test_help_is_instant_and_complete() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout.rstrip().endswith("[]")
-    for command in ("imatrix", "quantize", "convert", "evaluate", "inspect", "profiles"):
+    for command in ("imatrix", "quantize", "convert", "evaluate", "compare", "inspect", "profiles"):
         assert command in done.stdout
 
 
@@ -118,6 +118,25 @@ def test_the_whole_job(run: Run, demo_model: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and "IQ4_XS" in shown.out and "general.architecture" in shown.out
     shown = run("inspect", "demo.imatrix.gguf")
     assert shown.code == 0 and "attn_q" in shown.out and "CosSim" in shown.out
+
+
+def test_files_are_compared(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+    """A table without its baseline or its mark, a file given twice, and a baseline that is none of the files."""
+    for quant_type in ("Q2_K", "Q8_0"):
+        assert run("quantize", demo_gguf, "--quant-type", quant_type, "--no-imatrix", "-o", f"{quant_type}.gguf").code == 0
+    measuring = ("--reference", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64, "--chunks", 3)
+    shown = run("compare", "Q8_0.gguf", "Q2_K.gguf", *measuring, "--baseline", "Q2_K")
+    assert shown.code == 0
+    heading, columns, *lines = shown.out.splitlines()
+    assert "93 scored tokens, 3 chunks of 64, of short.txt" in heading and "mean KLD ÷ Q2_K.gguf's [95 %]" in columns
+    assert [line.split()[0] for line in lines] == ["Q2_K.gguf", "Q8_0.gguf"]
+    assert "baseline" in lines[0] and "[0.0" in lines[1] and all(line.rstrip().endswith("*") for line in lines)
+    found = json.loads(run("compare", "Q8_0.gguf", "Q2_K.gguf", *measuring, "--json").out)
+    assert (found["baseline"], [file["name"] for file in found["files"]]) == ("Q8_0.gguf", ["Q2_K.gguf", "Q8_0.gguf"])
+    assert found["files"][0]["to_baseline"]["mean_kld_ratio_interval"][0] > 1 and found["files"][1]["to_baseline"] is None
+    for arguments, word in ((("Q2_K.gguf", "Q2_K.gguf"), "Q2_K.gguf twice"), (("Q2_K.gguf", "--baseline", "Q3"), "--baseline: got Q3")):
+        refused = run("compare", *arguments, *measuring)
+        assert refused.code == 2 and word in refused.error
 
 
 def test_quantize_makes_its_own_imatrix_once(run: Run, demo_gguf: Path, tmp_path: Path, demo_model: Path) -> None:
