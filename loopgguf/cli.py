@@ -561,6 +561,44 @@ def inspect(
 
 
 @app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF (the first shard of a split one).")],
+    against: Annotated[Path | None, typer.Option("--against", metavar="MODEL", help="The model it was made from: every weight is compared.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a finished GGUF again: its structure, every value, that llama.cpp runs it, and its weights against the model's."""
+    from loopgguf import report
+    from loopgguf.workflow import check_again
+
+    with ExitStack() as stack:
+        result = check_again(file, against, _settings(stack, threads))
+    if as_json:
+        _print_json(report.recheck_json(result))
+        return
+    console = _console()
+    if result.relative_errors:
+        console.print(report.recheck_table(result))
+    console.print(f"{file}: {result.n_tensors} tensors, {result.n_bytes:,} bytes of weights, all finite; it says: {result.sample_text!r}", markup=False)
+
+
+@app.command()
+def cache(clear: Annotated[str | None, typer.Option("--clear", metavar="KIND", help="Delete all entries of a kind.")] = None) -> None:
+    """Show what the user cache folder holds, or delete a kind of it; all of it can be made again."""
+    from loopgguf import report
+    from loopgguf.checkpoint import cache_folder, clear_cache, list_cache
+
+    if clear is not None:
+        gone = clear_cache(clear)
+        _console().print(f"deleted {gone.n_files} files, {gone.n_bytes:,} bytes of {gone.name}", markup=False)
+        return
+    table = report.table("kind", "files", "bytes", title=str(cache_folder()), numbers=("files", "bytes"))
+    for kind in list_cache():
+        table.add_row(kind.name, str(kind.n_files), f"{kind.n_bytes:,}")
+    _console().print(table)
+
+
+@app.command()
 def profiles() -> None:
     """List the profiles that ship with loopgguf."""
     from loopgguf import report

@@ -41,6 +41,7 @@ from loopgguf.summary import (
     summarize_experts,
     summarize_tensors,
 )
+from loopgguf.verify import Recheck
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
 _PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
@@ -150,6 +151,30 @@ def feedback_line(logs: Sequence[FeedbackLog]) -> str:
     won = ", ".join(f"{way} {n}" for way, n in ways.most_common())
     ratio = np.mean([log.held_out_ratio for log in logs])
     return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
+
+
+def recheck_table(result: Recheck) -> Table:
+    """Return the error of a file's weights against its model's, by type: ‖w − ŵ‖² / ‖w‖² of its tensors."""
+    by_type: dict[str, dict[str, float]] = {}
+    for name, (ggml_type, error) in result.relative_errors.items():
+        by_type.setdefault(ggml_type.name, {})[name] = error
+    shown = table("type", "tensors", "mean error", "worst", "of", numbers=("tensors", "mean error", "worst"))
+    for name, errors in sorted(by_type.items(), key=lambda item: np.mean(list(item[1].values()))):
+        worst = max(errors, key=lambda tensor: errors[tensor])
+        shown.add_row(name, str(len(errors)), f"{np.mean(list(errors.values())):.3g}", f"{errors[worst]:.3g}", worst)
+    return shown
+
+
+def recheck_json(result: Recheck) -> dict[str, object]:
+    """Return what a second check found as JSON-able values."""
+    errors = {name: {"type": ggml_type.name, "relative_error": error} for name, (ggml_type, error) in result.relative_errors.items()}
+    return {
+        "paths": [str(path) for path in result.paths],
+        "n_tensors": result.n_tensors,
+        "n_bytes": result.n_bytes,
+        "says": result.sample_text,
+        "tensors": errors,
+    }
 
 
 def written_json(result: WriteResult) -> dict[str, object]:

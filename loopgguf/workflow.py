@@ -21,8 +21,9 @@ from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
-from loopgguf.publish import Order, check_outputs, publish, total_bytes
+from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
 from loopgguf.source import Source, open_source
+from loopgguf.verify import Recheck, recheck
 from loopgguf.version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PlanResult",
     "QuantizeRequest",
     "Settings",
+    "check_again",
     "compare",
     "compute_imatrix",
     "convert",
@@ -97,6 +99,13 @@ def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, d
     plan = plan_conversion(source.tensors, source.metadata, outtype)
     output = output or Path(f"{model_name(model)}-{outtype.upper()}.gguf")
     return publish(source, Order(plan), output, settings, notes, dry_run=dry_run)
+
+
+def check_again(path: Path, against: Path | None = None, settings: Settings | None = None) -> Recheck:
+    """Check a finished GGUF again: structure, every value, that llama.cpp runs it, and with `against` every weight beside the model's."""
+    settings = settings or Settings()
+    source = open_model(against, settings)[0] if against is not None else None
+    return recheck(path, source, prompt=SPEAKING_PROMPT, n_threads=settings.n_threads, progress=settings.progress)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
