@@ -14,7 +14,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -34,6 +34,7 @@ MAX_LINEAR_RATIO = 8  # of the numbers on a linear axis
 WIDTH, HEIGHT = 600, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 14, 52
 _LABEL_HEIGHT, _LABEL_CHARACTER = 19, 9.5  # as large as a phone shows them
+_LABEL_OFFSETS = sorted((i / 2 for i in range(-8, 9)), key=abs)  # of a label from its point, in label heights; the nearest first
 
 
 # --- numbers as text --------------------------------------------------------------------------------------------------
@@ -166,20 +167,23 @@ def _colour(index: int) -> str:
 
 
 def _place_labels(marks: Sequence[Mark]) -> list[Mark]:
-    """Return the marks with places for their labels, beside the point and clear of one another."""
+    """Return the marks with places for their labels, beside the point and clear of one another; where there is no room, the
+    label is dropped, and the tooltip has it."""
     taken: list[tuple[float, float, float]] = []
     placed = []
     for mark in marks:
         width = _LABEL_CHARACTER * len(mark.label)
         is_right = mark.x + 10 + width <= WIDTH - 4
         left = mark.x + 10 if is_right else mark.x - 10 - width
-        for offset in (0, -1, 1, -2, 2, -3, 3):
-            y = mark.y + 4 + offset * _LABEL_HEIGHT
-            if _TOP <= y <= HEIGHT - _BOTTOM - 4 and all(left + width < a or left > b or abs(y - other) >= _LABEL_HEIGHT for a, b, other in taken):
-                break
-        taken.append((left, left + width, y))
+        heights = [mark.y + 4 + offset * _LABEL_HEIGHT for offset in _LABEL_OFFSETS]
+        inside = [y for y in heights if _TOP <= y <= HEIGHT - _BOTTOM - 4]
+        free = [y for y in inside if all(left + width < a or left > b or abs(y - other) >= _LABEL_HEIGHT for a, b, other in taken)]
+        if not free:
+            placed.append(replace(mark, label=""))
+            continue
+        taken.append((left, left + width, free[0]))
         at = left if is_right else left + width
-        placed.append(Mark(mark.x, mark.y, mark.tip, mark.label, round(at, 1), round(y, 1), "start" if is_right else "end"))
+        placed.append(replace(mark, label_x=round(at, 1), label_y=round(free[0], 1), anchor="start" if is_right else "end"))
     return placed
 
 

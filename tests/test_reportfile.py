@@ -180,6 +180,7 @@ def test_the_page_is_well_formed_and_alone(document: dict[str, Any], tmp_path: P
     assert not {"img", "link", "iframe", "object", "embed", "base", "form", "a"} & set(page.seen)
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "srcset", "action", "xlink:href")]
     assert any(value.startswith("default-src 'none'") for name, value in page.attributes if name == "content")
+    assert not [value for _, value in page.attributes if "url(" in value or re.search(r"https?:", value)]
     assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttp", re.sub(r"^\s*//.*$", "", page.in_code, flags=re.MULTILINE))
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
