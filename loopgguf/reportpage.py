@@ -30,6 +30,7 @@ _ROLE_ORDER = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gat
 BIT_STEPS = ((2.0, "≤ 2"), (2.7, "≤ 2.7"), (3.5, "≤ 3.5"), (4.5, "≤ 4.5"), (5.5, "≤ 5.5"), (7.0, "≤ 7"), (9.0, "≤ 9"), (math.inf, "16, 32"))
 N_COLOURS = 8  # files after that are drawn grey
 MAX_MAP_CELLS = 20_000
+MAX_LABEL = 32  # characters
 MAX_LINEAR_RATIO = 8  # of the numbers on a linear axis
 WIDTH, HEIGHT = 600, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 14, 52
@@ -187,9 +188,15 @@ def _place_labels(marks: Sequence[Mark]) -> list[Mark]:
     return placed
 
 
-def _short(name: str) -> str:
-    name = name.rsplit("/", 1)[-1].removesuffix(".gguf")
-    return name if len(name) <= 32 else name[:31] + "…"
+def short_labels(names: Sequence[str]) -> list[str]:
+    """Return the names without folder, `.gguf` and the words (up to a hyphen) that all of several begin with, cut where long."""
+    stems = [name.rsplit("/", 1)[-1].removesuffix(".gguf") for name in names]
+    if len(set(stems)) < len(stems):
+        stems = [name.removesuffix(".gguf") for name in names]
+    n_same = min(shared_prefix(stem, stems[0]) for stem in stems) if len(stems) > 1 else 0
+    n_common = stems[0].rfind("-", 0, n_same) + 1
+    shown = [stem[n_common:] for stem in stems]
+    return [label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…" for label in shown]
 
 
 def size_chart(files: Sequence[Document]) -> Chart | None:
@@ -201,11 +208,11 @@ def size_chart(files: Sequence[Document]) -> Chart | None:
     sizes = [file["bytes"] for _, file in shown]
     unit, unit_name = (1e9, "GB") if max(sizes) >= 1e9 else (1e6, "MB")
     x, y = _x_axis(sizes), _y_axis(klds, is_log=True)
-    marks = []
-    for _, file in shown:
+    marks, labels = [], short_labels([file["name"] for file in files])
+    for i, file in shown:
         kld = file["measured"]["Mean KLD"]
         tip = f"{file['name']}: {megabytes(file['bytes'])} ({file['bpw']:.3f} bits per weight), mean KLD {measure_text(kld, 5)} nats"
-        marks.append(Mark(x(file["bytes"]), y(kld["value"]), tip, _short(file["name"])))
+        marks.append(Mark(x(file["bytes"]), y(kld["value"]), tip, labels[i]))
     series = [Series(file["name"], _colour(i), "", (mark,)) for (i, file), mark in zip(shown, _place_labels(marks), strict=True)]
     best = [(mark.x, mark.y) for (_, file), mark in zip(shown, marks, strict=True) if file["is_pareto"]]
     line = Series("Pareto line", "pareto", _path(best), ())
@@ -409,4 +416,5 @@ def render_html(document: Document) -> str:
         chart_size=(WIDTH, HEIGHT),
         chart_box={"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM},
         colours=[_colour(i) for i in range(len(files))],
+        labels=short_labels([file["name"] for file in files]),
     )

@@ -23,6 +23,7 @@ from loopgguf.reportpage import (
     render_markdown,
     role_rows,
     shared_prefix,
+    short_labels,
     size_chart,
     type_map,
 )
@@ -138,6 +139,14 @@ def test_map_of_types() -> None:
     n = math.isqrt(MAX_MAP_CELLS) + 1
     many = type_map({"tensors": [tensor(f"blk.{i}.r{i}.weight", f"r{i}", i) for i in range(n)]})
     assert many.rows == () and f"{n} roles in {n} layers" in many.left_out
+
+
+def test_short_labels() -> None:
+    """Catches eleven files called `Meta-Llama-3.1-8B-Instr…`, and two that cannot be told apart."""
+    assert short_labels(["Llama-3.1-8B-Q4_K_M.gguf", "Llama-3.1-8B-Q4_0.gguf", "Llama-3.1-8B-IQ2_M.gguf"]) == ["Q4_K_M", "Q4_0", "IQ2_M"]
+    assert short_labels(["Llama-3.1-8B-Q4_K_M.gguf"]) == ["Llama-3.1-8B-Q4_K_M"]
+    assert short_labels(["x/a.gguf", "y/a.gguf", "b.gguf"]) == ["x/a", "y/a", "b"]
+    assert short_labels(["a-" + "b" * 99])[0].endswith("b…")
 
 
 def test_bytes_by_role_add_up() -> None:
