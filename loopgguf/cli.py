@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shlex
 import signal
 import sys
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from loopgguf.pipeline import WriteResult
     from loopgguf.planner import TypeRules
-    from loopgguf.workflow import QuantizeRequest, Settings
+    from loopgguf.workflow import ComparisonResult, QuantizeRequest, Settings
 
 EXIT_TERMINATED = 143
 
@@ -127,6 +128,7 @@ LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="
 RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
 ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
 EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
+ReportOption = Annotated[Path | None, typer.Option("--report", metavar="NAME", help="Write NAME.json, NAME.md and NAME.html too.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -207,6 +209,37 @@ def _print_written(result: WriteResult, *, verbose: bool) -> None:
     console.print()
     for line in report.written_lines(result):
         console.print(line, markup=False)
+
+
+def _measured(
+    candidates: list[Path],
+    reference: Path,
+    files: list[Path] | None,
+    *,
+    baseline: str | None = None,
+    ctx_size: int,
+    chunks: int | None,
+    threads: int | None,
+    name: Path | None,
+    overwrite: bool,
+) -> ComparisonResult:
+    """Measure files and write the report that was asked for, whose name is checked before the work."""
+    from loopgguf.opening import refuse_same_file
+    from loopgguf.reportfile import refuse_existing_report, report_paths
+    from loopgguf.workflow import compare, write_report
+
+    if name is not None:
+        refuse_existing_report(name, overwrite=overwrite)
+        for path in report_paths(name):
+            refuse_same_file(path, [*candidates, reference, *(files or ())])
+    with ExitStack() as stack:
+        settings = _settings(stack, threads, overwrite=overwrite)
+        result = compare(candidates, reference, tuple(files or ()), baseline=baseline, ctx_size=ctx_size, n_chunks=chunks, settings=settings)
+        written = write_report(result, name, command=_State.command, settings=settings) if name is not None else ()
+    _print_notes(result.notes)
+    if written:
+        _print_notes((f"report: wrote {', '.join(str(path) for path in written)}",))
+    return result
 
 
 def _rules(tensor_type: list[str] | None, output_type: str | None, embedding_type: str | None, **flags: bool) -> TypeRules:
@@ -478,17 +511,16 @@ def evaluate(
     file: TextOption = None,
     ctx_size: ContextOption = 512,
     chunks: EvaluatedChunksOption = None,
+    report_name: ReportOption = None,
+    overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a GGUF against the model it was made from: perplexity, KLD and same top p on held-out text."""
     from loopgguf import report
-    from loopgguf.workflow import evaluate as run
 
-    with ExitStack() as stack:
-        result = run(candidate, reference, tuple(file or ()), ctx_size=ctx_size, n_chunks=chunks, settings=_settings(stack, threads))
-    _print_notes(result.notes)
-    quality = result.quality
+    result = _measured([candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, name=report_name, overwrite=overwrite)
+    quality = result.files[0].quality
     if as_json:
         _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality)})
         return
@@ -503,17 +535,15 @@ def compare(
     ctx_size: ContextOption = 512,
     chunks: EvaluatedChunksOption = None,
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="The file the others are compared with. Default: the first.")] = None,
+    report_name: ReportOption = None,
+    overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure GGUFs of one model side by side on held-out text: a line each, sorted by size, with paired differences."""
     from loopgguf import report
-    from loopgguf.workflow import compare as run
 
-    with ExitStack() as stack:
-        settings = _settings(stack, threads)
-        result = run(candidates, reference, tuple(file or ()), baseline=baseline, ctx_size=ctx_size, n_chunks=chunks, settings=settings)
-    _print_notes(result.notes)
+    result = _measured(candidates, reference, file, baseline=baseline, ctx_size=ctx_size, chunks=chunks, threads=threads, name=report_name, overwrite=overwrite)
     if as_json:
         heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
         _print_json({**heading, "files": report.compared_json(result.files)})
@@ -626,9 +656,10 @@ def _root(
 
 
 class _State:
-    """Whether `--debug` was given; the only thing that outlives parsing."""
+    """Whether `--debug` was given, and the command as it was typed; all that outlives parsing."""
 
     debug = False
+    command = ""
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -642,6 +673,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a sign must not end a finished job
     signal.signal(signal.SIGTERM, _stop)
+    _State.command = shlex.join(["loopgguf", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         app(arguments)
     except LoopggufError as error:

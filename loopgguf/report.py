@@ -44,7 +44,7 @@ from loopgguf.summary import (
 from loopgguf.verify import Recheck
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
-_PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
+PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
 
 
 def table(*columns: str, title: str = "", numbers: Iterable[str] = ()) -> Table:
@@ -195,7 +195,7 @@ def written_json(result: WriteResult) -> dict[str, object]:
 
 
 def _measure_text(label: str, measure: Measure) -> str:
-    unit = " %" if label in _PERCENT_LABELS else ""
+    unit = " %" if label in PERCENT_LABELS else ""
     error = "" if measure.standard_error is None else f" ± {measure.standard_error:.2g}"
     return f"{measure.value:.6g}{error}{unit}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
+from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
 from loopgguf.importance import ImatrixRequest, compute_imatrix, merge_imatrices
@@ -22,8 +23,9 @@ from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
+from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
-from loopgguf.verify import Recheck, recheck
+from loopgguf.verify import Recheck, recheck, speak
 from loopgguf.version import __version__
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "merge_imatrices",
     "quantize",
     "reference_gguf",
+    "write_report",
 ]
 
 
@@ -147,10 +150,12 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """Files measured against one reference on one text, sorted by size; `baseline` is the name of the one they are compared with."""
+    """Files measured against one reference on one text, sorted by size; `baseline` is the name of the one they are compared with,
+    `reference_gguf` what was run for the reference."""
 
     files: tuple[ComparedFile, ...]
     reference: Path
+    reference_gguf: Path
     baseline: str
     chunks: Chunks
     notes: tuple[str, ...]
@@ -200,4 +205,38 @@ def compare(
         if overlap:
             notes.append(f"{', '.join(overlap)} is also the calibration text of {name}: its figures flatter; evaluate on other text")
     qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
-    return ComparisonResult(compare_measured(candidates, qualities, at), reference, names[at], chunks, (*notes, *chunks.notes))
+    return ComparisonResult(compare_measured(candidates, qualities, at), reference, reference_path, names[at], chunks, (*notes, *chunks.notes))
+
+
+REPORT_TOKENS = 64  # of a generation sample
+
+
+def write_report(result: ComparisonResult, name: Path, *, command: str = "", settings: Settings | None = None) -> tuple[Path, ...]:
+    """Write what was measured as NAME.json, NAME.md and NAME.html, and return their paths.
+
+    Each model continues one prompt first; one that cannot is a note in the report. command: what the report says it was
+    made by. Raises OutputError when a file exists (unless `settings.overwrite`) or cannot be written.
+    """
+    settings, notes = settings or Settings(), list(result.notes)
+    refuse_existing_report(name, overwrite=settings.overwrite)
+    paths = [result.reference_gguf, *(file.path for file in result.files)]
+    spoken: list[str | None] = []
+    for number, path in enumerate(paths, 1):
+        try:
+            spoken.append(speak(path, SPEAKING_PROMPT, REPORT_TOKENS, n_threads=settings.n_threads))
+        except QualityError as error:
+            spoken.append(None)
+            notes.append(f"no generation sample: {error}")
+        if settings.progress is not None:
+            settings.progress("generation samples", number, len(paths))
+    document = make_document(
+        result.files,
+        reference=result.reference_gguf,
+        reference_name=result.reference.name,
+        baseline=result.baseline,
+        texts=result.chunks.names,
+        notes=notes,
+        command=command,
+        samples=Samples(SPEAKING_PROMPT, REPORT_TOKENS, spoken[0], tuple(spoken[1:])),
+    )
+    return write_document(document, name, overwrite=settings.overwrite)

@@ -139,6 +139,24 @@ def test_files_are_compared(run: Run, demo_gguf: Path, demo_model: Path, tmp_pat
         assert refused.code == 2 and word in refused.error
 
 
+def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+    """A report of another run, one that replaces a file or an input unasked, and an error only after the work."""
+    assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
+    arguments = ("evaluate", "a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2, "--report", "it's")
+    done = run(*arguments)
+    assert done.code == 0 and "wrote it's.json, it's.md, it's.html" in done.err
+    document = json.loads(Path("it's.json").read_text(encoding="utf-8"))
+    assert document["command"] == f"""loopgguf evaluate a.gguf --reference {demo_gguf} -c 64 --chunks 2 --report 'it'"'"'s'"""
+    assert [file["name"] for file in document["files"]] == ["a.gguf"]
+    Path("it's.json").unlink()
+    again = run(*arguments)
+    assert again.code == 4 and "it's.md already exists" in again.error and not Path("it's.json").exists()
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([{"text": "Words, and more words. " * 99}]), encoding="utf-8")
+    refused = run("compare", "a.gguf", "--reference", demo_gguf, "-f", text, "--report", tmp_path / "text", "--overwrite")
+    assert refused.code == 4 and "text.json is the input" in refused.error
+
+
 def test_quantize_makes_its_own_imatrix_once(run: Run, demo_gguf: Path, tmp_path: Path, demo_model: Path) -> None:
     """Calibrating again for each file of the same model, or taking the imatrix of another text."""
     text = tmp_path / "text.txt"
