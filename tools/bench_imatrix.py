@@ -5,7 +5,8 @@
 llama.cpp: a bare `llama_decode` that computes the logits of all tokens, and the imatrix pass that sums Σx² beside it,
 A B A B …, same chunks, batch and threads; the figure is the median of the rounds' ratios, the bar 0.95. Torch: the pass
 over a checkpoint folder with Σx² alone, with Gram matrices, and with gradients, once each. llama.cpp runs the folder's
-conversion to BF16. The machine's load is printed: figures of a busy machine say little.
+conversion to BF16. The machine's load is printed: on a busy machine wall-clock ratios say little; `CPU`, the ratio of
+processor times, then tells more, though not what waiting for threads to wake costs.
 """
 
 from __future__ import annotations
@@ -42,24 +43,26 @@ def decode_bare(gguf: Path, tokens: np.ndarray, n_threads: int) -> None:
             context.decode(chunk)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Return the wall-clock and the processor seconds of a run."""
+    start, processor = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
 
 
 def bench_llama(gguf: Path, tokens: np.ndarray, n_rounds: int, n_threads: int) -> float:
     """Print the table of rounds; return the median ratio of speeds."""
     print(f"llama.cpp, {gguf.name}, {len(tokens)} × {tokens.shape[1]} tokens, {n_threads} threads, load {os.getloadavg()[0]:.1f}")
-    print(f"{'round':>6} {'bare tok/s':>12} {'imatrix tok/s':>14} {'ratio':>7}")
+    print(f"{'round':>6} {'bare tok/s':>12} {'imatrix tok/s':>14} {'ratio':>7} {'CPU':>7}")
     decode_bare(gguf, tokens[:1], n_threads)  # the file comes into the page cache
-    bare, collected = [], []
+    rounds = []
     for number in range(n_rounds):
-        bare.append(tokens.size / seconds(lambda: decode_bare(gguf, tokens, n_threads)))
-        collected.append(tokens.size / seconds(lambda: collect_from_gguf(gguf, tokens, [ColumnSums()], n_threads=n_threads)))
-        print(f"{number + 1:>6} {bare[-1]:>12.1f} {collected[-1]:>14.1f} {collected[-1] / bare[-1]:>7.3f}", flush=True)
-    ratio = statistics.median(b / a for a, b in zip(bare, collected, strict=True))
-    print(f"{'median':>6} {statistics.median(bare):>12.1f} {statistics.median(collected):>14.1f} {ratio:>7.3f}   bar {BAR}")
+        bare, bare_cpu = seconds(lambda: decode_bare(gguf, tokens, n_threads))
+        collected, collected_cpu = seconds(lambda: collect_from_gguf(gguf, tokens, [ColumnSums()], n_threads=n_threads))
+        rounds.append((tokens.size / bare, tokens.size / collected, bare / collected, bare_cpu / collected_cpu))
+        print(f"{number + 1:>6} {rounds[-1][0]:>12.1f} {rounds[-1][1]:>14.1f} {rounds[-1][2]:>7.3f} {rounds[-1][3]:>7.3f}", flush=True)
+    of_bare, of_collected, ratio, of_cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print(f"{'median':>6} {of_bare:>12.1f} {of_collected:>14.1f} {ratio:>7.3f} {of_cpu:>7.3f}   bar {BAR}")
     return ratio
 
 
@@ -78,7 +81,7 @@ def bench_torch(folder: Path, tokens: np.ndarray, n_threads: int) -> None:
         "Σx², H, H_w, H_O, G0": lambda: grams(0),
     }
     for what, run in parts.items():
-        taken = seconds(run)
+        taken, _ = seconds(run)
         print(f"{what:>22} {taken:>8.1f} s {tokens.size / taken:>10.1f} tok/s", flush=True)
 
 
