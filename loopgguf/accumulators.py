@@ -41,7 +41,10 @@ class Accumulator(Protocol):
 
 @runtime_checkable
 class OutputListener(Protocol):
-    """Wants outputs: Y (n_tokens, n_out) float32 = X Wᵀ, without bias, rows of Y as those of the X shown right before."""
+    """Wants outputs: Y (n_tokens, n_out) float32 = X Wᵀ, without bias, rows of Y as those of the X shown right before.
+
+    One that has `is_watched(name)` wants those of some weights only: an engine need not show it others.
+    """
 
     def add_output(self, name: str, matrix: int | None, Y: FloatArray) -> None: ...
 
@@ -108,12 +111,16 @@ class Audience:
     def __init__(self, accumulators: Sequence[Accumulator], split: HoldoutSplit | None = None) -> None:
         self._always, self._split = list(accumulators), split
         both = [*self._always, *(split.train if split else ()), *(split.holdout if split else ())]
-        self.wants_outputs = any(isinstance(a, OutputListener) for a in both)
+        self._output_listeners = [a for a in both if isinstance(a, OutputListener)]
         self.wants_attention = any(isinstance(a, AttentionListener) for a in both)
         self.wants_gradients = any(isinstance(a, GradientListener) for a in both)
         self.wants_head = any(isinstance(a, HeadListener) for a in both)
         self._active: list[Accumulator] = []
         self.begin_chunk(0)
+
+    def wants_output(self, name: str) -> bool:
+        """Tell whether anyone wants the outputs of this weight."""
+        return any(a.is_watched(name) if hasattr(a, "is_watched") else True for a in self._output_listeners)
 
     def begin_chunk(self, number: int, starts: Sequence[int] = (0,)) -> None:
         """What follows belongs to chunk `number`, whose documents start at `starts`."""

@@ -33,7 +33,7 @@ from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, PHASE, collect_from_che
 from loopgguf.llama import Context, Model, max_sequences
 from loopgguf.loss import MAX_NATS, PassResult, first_scored, score_tokens, scored_targets, summarize_pass
 from loopgguf.progress import Meter, Progress
-from loopgguf.torch_model import HEAD
+from loopgguf.torch_model import HEAD, WeightEdit
 
 __all__ = ["GramSink", "collect_from_checkpoint", "collect_from_gguf", "collect_gradients", "collect_grams_from_checkpoint", "collect_grams_from_gguf"]
 
@@ -102,6 +102,11 @@ def watch_library() -> _Watch:
     return _Watch(library, numbers[b"MUL_MAT"], numbers[b"MUL_MAT_ID"], numbers[b"SOFT_MAX"])
 
 
+def _is_on_host(tensor: GgmlTensor) -> bool:
+    buffer = tensor.buffer or (GgmlTensor.from_address(tensor.view_src).buffer if tensor.view_src else None)
+    return not buffer or bool(watch_library().library.ggml_backend_buffer_is_host(buffer))
+
+
 @lru_cache(maxsize=1 << 16)
 def strip_name(raw: bytes) -> str:
     """Return a weight's name without the device marks of a copy: `CUDA0#blk.0.attn_k.weight#0` → `blk.0.attn_k.weight`."""
@@ -118,8 +123,7 @@ def read_tensor(tensor: GgmlTensor, dtype: str) -> NDArray[Any]:
     library = watch_library().library
     shape, strides = tuple(reversed(tensor.ne)), tuple(reversed(tensor.nb))
     n_bytes = int(library.ggml_nbytes(ctypes.byref(tensor)))
-    buffer = tensor.buffer or (GgmlTensor.from_address(tensor.view_src).buffer if tensor.view_src else None)
-    if not buffer or library.ggml_backend_buffer_is_host(buffer):
+    if _is_on_host(tensor):
         memory: Any = (ctypes.c_char * n_bytes).from_address(tensor.data)
     else:
         memory = (ctypes.c_char * n_bytes)()
@@ -158,8 +162,8 @@ class _Watcher:
     An exception must not leave a ctypes callback; it is kept in `error`, ends the graph, and is raised by the caller.
     """
 
-    def __init__(self, audience: Audience, *, process_output: bool, wants: Callable[[str], bool] | None) -> None:
-        self.audience, self.process_output, self.wants_weight = audience, process_output, wants
+    def __init__(self, audience: Audience, *, process_output: bool, wants: Callable[[str], bool] | None, edits: Sequence[WeightEdit] = ()) -> None:
+        self.audience, self.process_output, self.wants_weight, self.edits = audience, process_output, wants, edits
         self.watch = watch_library()
         self.error: BaseException | None = None
         self._computed: int | None = None  # the address of the inputs that were looked at last
@@ -194,7 +198,7 @@ class _Watcher:
         X = GgmlTensor.from_address(node.src[1])
         if not (X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or (self.process_output and name == HEAD))):
             return False
-        if node.src[1] == self._computed and not self.audience.wants_outputs:
+        if node.src[1] == self._computed and not self.audience.wants_output(name):
             self.collect(node)  # k and v after q: their input is there already, so the graph need not stop once more
             return False
         return True
@@ -209,12 +213,27 @@ class _Watcher:
         if inputs.type != GgmlType.F32:
             raise InputError(f"activations of {name}: got ggml type {inputs.type}, expected F32. This architecture is not supported by the imatrix pass")
         self._computed = node.src[1]
+        for edit in self.edits:
+            if edit.name == name:
+                self._edit(node, inputs, edit)
         split = self._splitter(node, weight)
-        outputs = split(read_tensor(node, "<f4")) if self.audience.wants_outputs else None
+        outputs = split(read_tensor(node, "<f4")) if self.audience.wants_output(name) else None
         for matrix, slab in split(read_tensor(inputs, "<f4")):
             self.audience.add(name, matrix, slab)
             if outputs is not None:
                 self.audience.add_output(name, matrix, next(outputs)[1])
+
+    def _edit(self, node: GgmlTensor, inputs: GgmlTensor, edit: WeightEdit) -> None:
+        """Change the output, before the graph goes on, to what it would be with the edited weight."""
+        if not _is_on_host(node):
+            raise InputError(f"output of {edit.name}: got it in a device's memory, expected host memory to change it in. Run on the CPU")
+        assert edit.original is not None
+        change, X, Y = np.float32(edit.value - edit.original), read_tensor(inputs, "<f4"), read_tensor(node, "<f4")
+        if node.op == self.watch.mul_mat_id:
+            token, used = np.nonzero(read_tensor(GgmlTensor.from_address(node.src[2]), "<i4")[0, 0] == edit.matrix)
+            Y[0][token, used, edit.row] += change * X[0][token, used % X.shape[2], edit.column]
+        else:
+            Y[..., edit.row] += change * X[..., edit.column]
 
     def _splitter(self, node: GgmlTensor, weight: GgmlTensor) -> Callable[[FloatArray], Iterator[tuple[int | None, FloatArray]]]:
         """Return what cuts inputs or outputs of a node into those of its matrices."""
@@ -271,6 +290,7 @@ def collect_from_gguf(
     progress: Progress | None = None,
     process_output: bool = False,
     wants: Callable[[str], bool] | None = None,
+    edits: Sequence[WeightEdit] = (),
     losses: list[NDArray[np.float64]] | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> PassResult:
@@ -279,7 +299,8 @@ def collect_from_gguf(
     The accumulators get the inputs of every weight that llama-imatrix collects: the matmuls of the layers, per expert
     where there are experts; with `process_output` also an untied head; and what else they listen to, gradients apart.
     split: others, by the chunk's number. documents: (n_chunks, n_ctx) int32 numbers the documents of each chunk; attention
-    stays inside them (a recurrent model has no way to: None). wants: only weights of which it is true. losses: of the
+    stays inside them (a recurrent model has no way to: None). wants: only weights of which it is true. edits: weights of
+    the feed-forward network changed for the time of the pass, with their `original` values. losses: of the
     chunks that are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each,
     which is how a job is resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
     """
@@ -288,7 +309,7 @@ def collect_from_gguf(
     starts = [document_starts(None if documents is None else documents[i]) for i in range(n_chunks)]
     _refuse_many(starts)
     audience = Audience(accumulators, split)
-    watcher = _Watcher(audience, process_output=process_output, wants=wants)
+    watcher = _Watcher(audience, process_output=process_output, wants=wants, edits=edits)
     losses = [] if losses is None else losses
     meter = Meter(progress, PHASE, chunks.size, n_chunks)
     meter.reach(len(losses))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from loopgguf.pipeline import WriteResult
     from loopgguf.planner import TypeRules
+    from loopgguf.super_weights import Found
     from loopgguf.workflow import ComparisonResult, QuantizeRequest, Settings
 
 EXIT_TERMINATED = 143
@@ -129,6 +130,10 @@ RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Acce
 ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
 EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="NAME", help="Write NAME.json, NAME.md and NAME.html too.")]
+CoverageOption = Annotated[
+    float | None,
+    typer.Option("--super-weight-coverage", help="Part of all weights in the mask: the largest |w|·√importance. Default: 0.0001, 0.01 %.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -285,6 +290,35 @@ def _request(
     return QuantizeRequest(profile, quant_type, size_bytes, target_bpw, plan, rules=rules, imatrix=imatrix, use_imatrix=use_imatrix)
 
 
+def _coverage(given: float | None, option: str, *, wanted: bool) -> float:
+    from loopgguf.errors import UsageError
+    from loopgguf.protection import DEFAULT_COVERAGE
+
+    if given is not None and not wanted:
+        raise UsageError(f"--super-weight-coverage says how large the mask of {option} is: give both, or neither")
+    return DEFAULT_COVERAGE if given is None else given
+
+
+def _super_budget(given: str | None, *, wanted: bool) -> int:
+    from loopgguf.errors import UsageError
+    from loopgguf.formats import parse_size
+
+    if given is not None and not wanted:
+        raise UsageError("--super-weight-budget says what --protect-super-weights may take: give both, or neither")
+    return 0 if given is None or given.strip() == "0" else parse_size(given)
+
+
+def _print_found(found: Found) -> None:
+    from loopgguf import report
+
+    console = _console()
+    if found.weights:
+        console.print(report.super_weight_table(found))
+        console.print()
+    for line in report.super_weight_summary(found):
+        console.print(line, markup=False)
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +333,10 @@ def imatrix(
     gram: Annotated[bool, typer.Option("--gram", help="Write Gram matrices beside the imatrix too, for error feedback.")] = False,
     gradient: Annotated[bool, typer.Option("--gradient", help="With --gram: those weighted by gradients too. A checkpoint folder only.")] = False,
     attention: Annotated[bool, typer.Option("--attention", help="Write beside the imatrix what attention each position receives; slower.")] = False,
+    super_weights: Annotated[
+        bool, typer.Option("--super-weights", help="Look for super weights in the same pass, and write them and the mask beside the imatrix.")
+    ] = False,
+    super_weight_coverage: CoverageOption = None,
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
     in_file: Annotated[list[Path] | None, typer.Option("--in-file", help="An imatrix whose sums are added; may be given several times.")] = None,
@@ -329,6 +367,8 @@ def imatrix(
         gram=gram or gradient,
         gradient=gradient,
         attention=attention,
+        super_weights=super_weights,
+        super_weight_coverage=_coverage(super_weight_coverage, "--super-weights", wanted=super_weights),
         in_files=tuple(in_file or ()),
         output_format=output_format.value if output_format else None,
         resume=resume,
@@ -349,7 +389,50 @@ def imatrix(
     console.print(
         f"perplexity {run.perplexity:.4f} ± {run.standard_error:.4f} over {run.n_tokens:,} scored tokens of {', '.join(result.chunks.names)}", markup=False
     )
+    if result.super_weights is not None:
+        _print_found(result.super_weights)
     console.print(f"wrote {result.path}: {len(result.statistics.columns)} tensors, {result.chunks.n_chunks} chunks of {ctx_size} tokens", markup=False)
+
+
+@app.command("super-weights")
+def super_weights(
+    model: ModelArgument,
+    imatrix_file: ImatrixOption = None,
+    no_imatrix: Annotated[bool, typer.Option("--no-imatrix", help="Leave out the mask, which needs an importance matrix.")] = False,
+    super_weight_coverage: CoverageOption = None,
+    file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    samples: SamplesOption = 512,
+    parse_special: ParseSpecialOption = False,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    pre_tokenizer: PreTokenizerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the single weights of MODEL that it cannot do without, with its perplexity without each, and the mask."""
+    from loopgguf import report
+    from loopgguf.errors import UsageError
+    from loopgguf.workflow import ImatrixRequest, search_super_weights
+
+    if imatrix_file is not None and no_imatrix:
+        raise UsageError("--imatrix and --no-imatrix contradict each other: give one of them")
+    with ExitStack() as stack:
+        result = search_super_weights(
+            model,
+            ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
+            imatrix=imatrix_file,
+            use_imatrix=not no_imatrix,
+            coverage=_coverage(super_weight_coverage, "an imatrix", wanted=not no_imatrix),
+            settings=_settings(stack, threads, pre_tokenizer=pre_tokenizer),
+        )
+    _print_notes(result.notes)
+    if as_json:
+        _print_json(report.super_weights_json(result.found, result.mask))
+        return
+    _print_found(result.found)
+    if result.mask is not None:
+        _console().print()
+        _console().print(report.mask_table(result.mask))
 
 
 @app.command()
@@ -382,6 +465,15 @@ def quantize(
             help="Error feedback around the encoder (fast) or down to single codes (full); auto: full up to 2 billion weights.",
         ),
     ] = CompensateMode.OFF,
+    protect_super_weights: Annotated[
+        bool,
+        typer.Option("--protect-super-weights", help="Look for super weights, keep them through per-row importance, raise a type where that is not enough."),
+    ] = False,
+    super_weight_coverage: CoverageOption = None,
+    super_weight_budget: Annotated[
+        str | None,
+        typer.Option("--super-weight-budget", metavar="SIZE", help="Bytes that raised types may take for the mask's sake. Default: 0.", show_default=False),
+    ] = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
@@ -404,6 +496,9 @@ def quantize(
         calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
         compensate=Compensate(compensate),
+        protect_super_weights=protect_super_weights,
+        super_weight_coverage=_coverage(super_weight_coverage, "--protect-super-weights", wanted=protect_super_weights),
+        super_weight_budget_bytes=_super_budget(super_weight_budget, wanted=protect_super_weights),
         keep_split=keep_split,
         dry_run=dry_run,
     )

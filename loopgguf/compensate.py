@@ -23,6 +23,7 @@ from scipy import linalg
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
 from loopgguf.grids import Grid, find_grid
+from loopgguf.super_weights import Pins, encode_pinned_rows, pins_between
 
 if TYPE_CHECKING:
     from loopgguf.rounding import Rounding
@@ -73,14 +74,16 @@ def _carry(U: Matrix, start: int, stop: int) -> Matrix:
     return np.asarray(linalg.solve_triangular(U[start:stop, start:stop], U[start:stop, stop:], lower=False))
 
 
-def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None) -> Encode:
-    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]."""
+def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None) -> Encode:
+    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]; pinned weights keep their value in `originals`."""
 
     def encode(rows: FloatArray, first: int) -> tuple[ggml.ByteArray, FloatArray]:
         if not ggml.rows_are_encodable(rows):  # ggml would abort the process
             raise np.linalg.LinAlgError("feedback made the weights that are still to come too large to encode")
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
         packed = ggml.encode_rows(ggml_type, np.ascontiguousarray(rows), weights)
+        if pins and weights is not None:
+            encode_pinned_rows(ggml_type, rows, weights, pins, packed, first, originals)
         return packed, ggml.decode_rows(ggml_type, packed)
 
     return encode
@@ -140,16 +143,18 @@ def compensate(
     importance: FloatArray,
     H_O: Matrix | None = None,
     max_sweeps: int = 0,
+    pins: Pins | None = None,
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
     W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
     encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. max_sweeps: as in `Effort`. Raises numpy.linalg.LinAlgError when a matrix is not
+    leaves the rows to themselves. max_sweeps: as in `Effort`. pins: weights that keep
+    their value. Raises numpy.linalg.LinAlgError when a matrix is not
     positive definite.
     """
     n_out, n_in = W.shape
-    columns, encode = Columns(H, FORMATS[ggml_type].block, find_grid(ggml_type), max_sweeps), ggml_encoder(ggml_type, importance)
+    columns, encode = Columns(H, FORMATS[ggml_type].block, find_grid(ggml_type), max_sweeps), ggml_encoder(ggml_type, importance, pins, W)
     packed = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8)
     if H_O is None:
         return packed, columns.encode(W, encode, packed)
@@ -157,6 +162,7 @@ def compensate(
     target, decoded = W.astype(np.float32), np.empty_like(W)
     for start in range(0, n_out, ROW_BLOCK):
         stop = min(start + ROW_BLOCK, n_out)
+        encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, start, stop), W[start:stop])
         decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
         target[stop:] += _carry(U, start, stop).astype(np.float32).T @ (decoded[start:stop] - target[start:stop])
     if columns.rounding is not None:
@@ -230,15 +236,19 @@ FULL = Effort((Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagon
 PROBE_ROWS = 128  # on which dampings are compared
 
 
-def encode_guarded(W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, effort: Effort = FAST) -> Encoding:
+def encode_guarded(
+    W: FloatArray, ggml_type: GgmlType, importance: FloatArray | None, curvature: LossCurvature, effort: Effort = FAST, pins: Pins | None = None
+) -> Encoding:
     """Return W with feedback along the rows and from row to row; where the held-out matrices say that this is no better
     than the plain encoding, along the rows alone; and where that is no better either, the plain encoding.
 
-    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. Where feedback
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. pins: weights that keep their value. Where feedback
     cannot be computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and
     `way` says so.
     """
     plain = Encoding(ggml.encode_rows(ggml_type, W, importance), None, PLAIN, 1.0)
+    if pins and importance is not None:
+        encode_pinned_rows(ggml_type, W, importance, pins, plain.packed)
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
@@ -249,7 +259,7 @@ def encode_guarded(W: FloatArray, ggml_type: GgmlType, importance: FloatArray | 
         damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
         H = damped(objective, damping)
         for way, H_O in {**ways, "columns": None}.items():
-            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, max_sweeps=effort.max_sweeps)
+            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, max_sweeps=effort.max_sweeps, pins=pins)
             ratio = curvature.estimate(decoded - W) / plain_error
             if ratio < 1:
                 return Encoding(packed, damping, way, ratio)

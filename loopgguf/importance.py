@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, split_holdout
+from loopgguf.accumulators import EMBEDDING, Extremes, Key, Spikes, split_holdout
 from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
@@ -24,10 +24,19 @@ from loopgguf.errors import InputError, UsageError
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
 from loopgguf.loss import PassResult
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
+from loopgguf.protection import (
+    DEFAULT_COVERAGE,
+    find_super_weights,
+    refuse_bad_coverage,
+    refuse_existing_protection,
+    save_protection,
+    select_mask,
+)
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
 from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
 from loopgguf.source import Source
 from loopgguf.statistics import ColumnSums, ImatrixFormat, Statistics, check_coverage, describe_gaps, load_imatrix, merge, save_imatrix
+from loopgguf.super_weights import Found
 from loopgguf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -49,6 +58,8 @@ class ImatrixRequest:
     gram: bool = False  # also write Gram matrices beside it
     gradient: bool = False  # those of the gradients too; a checkpoint folder only
     attention: bool = False  # also write what attention each position receives
+    super_weights: bool = False  # also look for super weights, and write them and the mask beside it
+    super_weight_coverage: float = DEFAULT_COVERAGE  # of the mask
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
     resume: bool = True
@@ -64,6 +75,7 @@ class ImatrixResult:
     run: PassResult
     chunks: Chunks
     notes: tuple[str, ...]
+    super_weights: Found | None = None  # None: not looked for
 
 
 def calibration_chunks(source: Source, request: ImatrixRequest, settings: Settings) -> Chunks:
@@ -112,18 +124,25 @@ class _Task:
             "gram": request.gram,
             "gradient": request.gradient,
             "attention": request.attention,
+            "super weights": request.super_weights,
             "seed": request.seed if request.gram else None,
         }
 
 
-def _collect(task: _Task, job_folder: Path, save: Callable[[Statistics], None]) -> tuple[Statistics, PassResult]:
+Save = Callable[[Statistics, Mapping[Key, Extremes] | None], None]
+
+
+def _collect(task: _Task, job_folder: Path, save: Save) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
-    Gram matrices and attention, where asked for, are published beside the output before.
+    Gram matrices and attention, where asked for, are published beside the output before. `save` gets the extremes
+    around each ffn_down too, where super weights are looked for.
     """
     source, chunks, request, overwrite = task.source, task.chunks, task.request, task.settings.overwrite
-    columns, attention = ColumnSums(moments=True), AttentionMass()
+    columns, attention, spikes = ColumnSums(moments=True), AttentionMass(), Spikes()
     collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
+    if request.super_weights:
+        collectors["spikes"] = spikes
     if request.attention:
         refuse_existing_attention(task.output, overwrite=overwrite)
     with Job(job_folder, task.fingerprint, resume=request.resume) as job:
@@ -136,7 +155,7 @@ def _collect(task: _Task, job_folder: Path, save: Callable[[Statistics], None]) 
         elif request.attention:
             task.settings.announce("attention: llama.cpp's graph of this model has no softmax node to look at: none is stored")
         statistics = Statistics(columns.columns(), chunks.names, len(chunks.tokens), request.ctx_size)
-        save(statistics)
+        save(statistics, spikes.extremes() if request.super_weights else None)
         job.finish()
     return statistics, run
 
@@ -188,6 +207,9 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     request, settings = request or ImatrixRequest(), settings or Settings()
     output = _imatrix_path(model, output, request)
     refuse_existing(output, overwrite=settings.overwrite)
+    if request.super_weights:
+        refuse_bad_coverage(request.super_weight_coverage)
+        refuse_existing_protection(output, overwrite=settings.overwrite)
     parts = [load_imatrix(path) for path in request.in_files]
     source, notes = open_model(model, settings)
     if request.gradient and not source.is_checkpoint:
@@ -197,16 +219,23 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         raise UsageError("--process-output and --gram do not go together for a checkpoint folder: make the Gram matrices in a run of their own")
     chunks = calibration_chunks(source, request, settings)
 
-    def save(collected: Statistics) -> None:
+    found: Found | None = None
+
+    def save(collected: Statistics, extremes: Mapping[Key, Extremes] | None) -> None:
+        nonlocal found
         merged = merge([collected, *parts]) if parts else collected
-        check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        checked = check_coverage(merged, source.tensors)  # a hole here is our bug, or an --in-file of another model: never save it
+        if extremes is not None:
+            found = find_super_weights(source, chunks, settings, extremes)
+            mask = select_mask(source, checked.statistics, request.super_weight_coverage, settings)
+            save_protection(found, mask, output, overwrite=settings.overwrite)
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
     task = _Task(source, request, chunks, settings, output)
     statistics, run = _collect(task, request.job_folder or output.with_name(output.name + ".job"), save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
-    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps))
+    return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps), found)
 
 
 def merge_imatrices(
@@ -278,7 +307,9 @@ def given_importance(source: Source, imatrix: Path) -> Importance:
 
 def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
-    request = replace(request, process_output=False, gram=False, gradient=False, attention=False, in_files=(), output_format=None, job_folder=None)
+    request = replace(
+        request, process_output=False, gram=False, gradient=False, attention=False, super_weights=False, in_files=(), output_format=None, job_folder=None
+    )
     chunks = calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
@@ -293,7 +324,7 @@ def made_importance(source: Source, request: ImatrixRequest, settings: Settings,
     else:
         job = cached.with_suffix(".job")
         task = _Task(source, request, chunks, settings, cached)
-        found, run = _collect(task, job, lambda made: save_imatrix(made, cached, overwrite=True))
+        found, run = _collect(task, job, lambda made, _: save_imatrix(made, cached, overwrite=True))
         notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
     coverage = check_coverage(found, source.tensors)
     return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])

@@ -5,20 +5,24 @@ A preset, a profile, a size or a saved plan; the imatrix is given, made before, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.errors import UsageError
 from loopgguf.errortable import Sampling, measure_errors
 from loopgguf.feedback import Compensate
-from loopgguf.importance import ImatrixRequest, Importance, find_sensitivities, given_importance, made_importance, planned_importance
+from loopgguf.formats import GgmlType
+from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks, find_sensitivities, given_importance, made_importance, planned_importance
 from loopgguf.opening import Settings, model_name
 from loopgguf.planfile import check_plan, imatrix_digest, load_plan
-from loopgguf.planner import OUTPUT, Plan, SizedPlan, TypeRules, describe_sized, plan_preset, plan_profile, plan_size, size_problem
+from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, describe_sized, plan_preset, plan_profile, plan_size, size_problem
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
+from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
 from loopgguf.publish import Order, total_bytes
 from loopgguf.source import Source
+from loopgguf.super_weights import Mask
 
 DEFAULT_PROFILE = "balanced"
 
@@ -39,6 +43,9 @@ class QuantizeRequest:
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
+    protect_super_weights: bool = False
+    super_weight_coverage: float = DEFAULT_COVERAGE
+    super_weight_budget_bytes: int = 0  # that raised types may cost, for the mask's sake
     keep_split: bool = False
     dry_run: bool = False
 
@@ -51,6 +58,7 @@ class Resolved:
     importance: Importance | None = None
     notes: tuple[str, ...] = ()
     sized: SizedPlan | None = None
+    protection: Protection | None = None
 
     def order(self, request: QuantizeRequest) -> Order:
         """Return what is to be written."""
@@ -61,6 +69,7 @@ class Resolved:
             imatrix=request.imatrix,
             compensate=request.compensate,
             calibration=request.calibration,
+            protection=self.protection,
             keep_split=request.keep_split,
             inputs=tuple(Path(path) for path in inputs),
         )
@@ -72,10 +81,60 @@ def resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Res
     A dry run makes no imatrix: it plans with the one made before, or with what one would cover. Raises UsageError for
     what cannot be met, InputError for a bad imatrix, plan or calibration text.
     """
+    if not request.protect_super_weights:
+        return _resolve(source, request, settings)
+    _refuse_protection(request)
+    return _protect(source, request, settings)
+
+
+def _refuse_protection(request: QuantizeRequest) -> None:
+    """Raise UsageError where protection contradicts the rest of a request."""
+    refuse_bad_coverage(request.super_weight_coverage)
+    if not request.use_imatrix:
+        raise UsageError("--protect-super-weights and --no-imatrix contradict each other: a weight is protected by its importance. Give one of them")
+    if request.super_weight_budget_bytes and _is_sized(request):
+        raise UsageError("--super-weight-budget and a size contradict each other: the size says what the file may take. Give one of them")
+
+
+def _is_sized(request: QuantizeRequest) -> bool:
+    return request.size_bytes is not None or request.target_bpw is not None
+
+
+def _protect(source: Source, request: QuantizeRequest, settings: Settings) -> Resolved:
+    """Return the plan with what protects the super weights; a plan by size is solved again around the types that they need."""
+    resolved = _resolve(source, request, settings)
+    found, origin = known_super_weights(
+        source, request.imatrix, lambda: calibration_chunks(source, request.calibration, settings), settings, may_run=not request.dry_run
+    )
+    if found is None:
+        note = "super weights: a dry run does not look for them; types may be raised when they are found"
+        return replace(resolved, notes=(*resolved.notes, note), protection=Protection(NOTHING_FOUND, Mask({}, request.super_weight_coverage)))
+    importance = resolved.importance
+    statistics = importance.statistics if importance is not None else None
+    mask = Mask({}, request.super_weight_coverage)
+    if statistics is not None:
+        mask = known_mask(source, statistics, request.imatrix, request.super_weight_coverage, settings)
+    notes = [f"super weights: {len(found.weights)}, {origin}"]
+    protection = Protection(found, mask)
+    raised: dict[str, GgmlType] = {}
+    pins: tuple[Override, ...] = ()
+    while True:
+        get = resolved.importance or (lambda _name: None)
+        plan, protection, said = plan_protection(source, resolved.plan, protection, get, request.super_weight_budget_bytes)
+        raised |= protection.raised
+        if not (_is_sized(request) and protection.raised):
+            break
+        types = {row.name: row.type for row in plan.rows}
+        pins += tuple(Override(f"^{re.escape(name)}$", types[name]) for name in protection.raised)
+        resolved = _resolve(source, replace(request, rules=replace(request.rules, overrides=(*pins, *request.rules.overrides))), settings)
+    return replace(resolved, plan=plan, notes=(*resolved.notes, *notes, *said), protection=replace(protection, raised=raised))
+
+
+def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Resolved:
     if request.plan is not None:
         return _resolve_saved(source, request.plan, request, settings)
     given = given_importance(source, request.imatrix) if request.imatrix is not None else None
-    if request.size_bytes is not None or request.target_bpw is not None:
+    if _is_sized(request):
         return _resolve_size(source, request, given, settings)
     if given is not None or not request.use_imatrix:
         return Resolved(_plan(source, request, given), given, given.notes if given is not None else ())

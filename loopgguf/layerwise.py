@@ -69,7 +69,7 @@ class _Hooks:
         def listen(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
             X = args[0].detach().reshape(-1, args[0].shape[-1])
             self.audience.add(name, None, X)
-            if self.audience.wants_outputs:
+            if self.audience.wants_output(name):
                 self.audience.add_output(name, None, in_gguf_order(output if module.bias is None else output - module.bias))
             if self.with_gradients:
                 tell: Any = output.register_hook

@@ -13,7 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from loopgguf.planner import Plan, PlanRow
 from loopgguf.progress import Progress
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
+from loopgguf.super_weights import MaskLog, Pins, SuperWeight, add_masks, encode_pinned_rows, measure_mask, pins_between
 
 SLAB_WEIGHTS = 1 << 20  # enough work to hide Python's overhead, small enough that a slab stays in the caches
 SAMPLED_ROWS = 8  # of each encoded tensor, decoded again at once and after the file is reopened
@@ -56,11 +57,27 @@ class FeedbackLog:
 @dataclass(frozen=True)
 class TensorLog:
     """What happened to one tensor: the error of its sampled rows (encoded tensors only), importances that were floored,
-    and error feedback where it was tried."""
+    error feedback where it was tried, and how the weights of the super weights' mask came out."""
 
     sampled: SampledError | None = None
     n_floored: int = 0
     feedback: tuple[FeedbackLog, ...] = ()  # of its matrices, in the order they were done
+    mask: MaskLog | None = None
+
+
+@dataclass(frozen=True)
+class KeptWeight:
+    """A super weight as the written file holds it: its tensor's type, the one planned before it was raised, and what it decodes to."""
+
+    weight: SuperWeight
+    type: GgmlType
+    type_before: GgmlType
+    decoded: float
+
+    @property
+    def miss(self) -> float:
+        """|decoded − value| ÷ |value|."""
+        return abs(self.decoded - self.weight.spike.value) / abs(self.weight.spike.value)
 
 
 @dataclass(frozen=True)
@@ -75,12 +92,14 @@ class WriteResult:
     sample_text: str
     notes: tuple[str, ...]
     is_dry_run: bool = False
+    super_weights: tuple[KeptWeight, ...] | None = None  # None: not asked to protect any
 
 
 @dataclass(frozen=True)
 class Job:
     """One tensor's way: where its rows come from, what the plan makes of them, and where they go; `curvature` gives
-    what error feedback needs of a matrix of it by number (None: plain bytes), and is asked when its turn comes."""
+    what error feedback needs of a matrix of it by number (None: plain bytes), and is asked when its turn comes; `pins` are weights to keep, by
+    the tensor's row."""
 
     tensor: Tensor
     row: PlanRow
@@ -88,6 +107,7 @@ class Job:
     info: TensorInfo
     curvature: Callable[[int], LossCurvature | None] | None = None
     effort: Effort = FAST
+    pins: Pins = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,11 @@ class _Slab:
     stop: int
     importance: ggml.FloatArray | None
     sample: tuple[int, int] | None  # rows to decode again, inside this slab
+
+    @property
+    def pins(self) -> Pins:
+        """The pins of the slab's rows, counted from its first."""
+        return pins_between(self.job.pins, self.start, self.stop) if self.job.pins else {}
 
 
 def slab_weights(max_buffer_bytes: int, n_threads: int) -> int:
@@ -147,8 +172,11 @@ def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, Feedbac
     matrix = slab.start // (job.tensor.n_rows // job.tensor.n_matrices)
     curvature = None if job.curvature is None else job.curvature(matrix)
     if curvature is None:
-        return ggml.encode_rows(target, rows, slab.importance), None
-    encoding = encode_guarded(rows, target, slab.importance, curvature, job.effort)
+        packed = ggml.encode_rows(target, rows, slab.importance)
+        if slab.importance is not None:
+            encode_pinned_rows(target, rows, slab.importance, slab.pins, packed)
+        return packed, None
+    encoding = encode_guarded(rows, target, slab.importance, curvature, job.effort, slab.pins)
     return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
 
 
@@ -169,11 +197,12 @@ def _run(slab: _Slab) -> TensorLog:
     if not ggml.rows_are_valid(target, packed):
         _refuse_values(tensor, target)
     job.part.write_at(offset, packed.data)
+    mask = measure_mask(target, rows, slab.importance, slab.pins, packed)
     if slab.sample is None:
-        return TensorLog(feedback=feedback)
+        return TensorLog(feedback=feedback, mask=mask)
     start, stop = slab.sample
     inside = slice(start - slab.start, stop - slab.start)
-    return TensorLog(SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside]))), feedback=feedback)
+    return TensorLog(SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside]))), feedback=feedback, mask=mask)
 
 
 def _initialize_encoders(jobs: Iterable[Job]) -> None:
@@ -215,7 +244,8 @@ def execute(
     def finish(slab: _Slab, part: TensorLog) -> None:
         nonlocal n_done
         name = slab.job.row.name
-        logs[name] = replace(logs[name], sampled=part.sampled or logs[name].sampled, feedback=logs[name].feedback + part.feedback)
+        log = logs[name]
+        logs[name] = replace(log, sampled=part.sampled or log.sampled, feedback=log.feedback + part.feedback, mask=add_masks(log.mask, part.mask))
         left[name] -= 1
         if left[name] == 0:
             n_done += 1

@@ -288,6 +288,15 @@ def _row(tensor: Tensor, choice: _Choice, has_importance: HasImportance | None) 
     )
 
 
+def with_type(row: PlanRow, ggml_type: GgmlType, reason: str, *, has_importance: bool) -> PlanRow:
+    """Return the row of a plan with another type, which must fit it, and the reason for it."""
+    uses_imatrix = has_importance and ggml_type is not row.source_type and _heeds_importance(ggml_type)
+    n_bytes = tensor_bytes(ggml_type, row.shape)
+    return replace(
+        row, type=ggml_type, n_bytes=n_bytes, reason=reason, fallback="", wanted=None, uses_imatrix=uses_imatrix, estimated_error=None, explanation=""
+    )
+
+
 def _named(rows: Sequence[PlanRow]) -> str:
     names = ", ".join(f"{row.name} ({row.type.name})" for row in rows[:MAX_NAMED])
     return names + (f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else "")

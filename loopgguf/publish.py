@@ -15,10 +15,11 @@ from loopgguf.errors import UsageError
 from loopgguf.feedback import Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.opening import Settings, refuse_same_file
-from loopgguf.pipeline import Job, TensorLog, WriteResult, execute
+from loopgguf.pipeline import Job, KeptWeight, TensorLog, WriteResult, execute
 from loopgguf.planner import OUTPUT, Plan, PlanRow
+from loopgguf.protection import Protection, flat_row
 from loopgguf.source import Source
-from loopgguf.verify import speak, verify_file
+from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
@@ -33,6 +34,7 @@ class Order:
     imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
     compensate: Compensate = Compensate.OFF
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
+    protection: Protection | None = None
     keep_split: bool = False
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
 
@@ -54,6 +56,8 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     metadata["loopgguf.plan_hash"] = string(plan.hash)
     if order.compensate is not Compensate.OFF:
         metadata["loopgguf.compensate"] = string(order.compensate)
+    if order.protection is not None:
+        metadata["loopgguf.super_weights"] = string("protected")
     return metadata
 
 
@@ -108,14 +112,16 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     if dry_run:
         return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
     check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
-    logs, seconds, sample_text = _write(source, order, files, settings)
-    return WriteResult(order.plan, paths, n_bytes, logs, seconds, sample_text, tuple(notes))
+    written = _write(source, order, files, settings)
+    return WriteResult(order.plan, paths, n_bytes, written.logs, written.seconds, written.sample_text, tuple(notes), super_weights=written.super_weights)
 
 
 def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout]], settings: Settings) -> dict[str, TensorLog]:
     """Encode and write all tensors: at once, or with error feedback each layer as soon as its matrices are known."""
     tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
     left = {info.name: Job(tensors[info.name], rows[info.name], part, info) for part, layout in parts for info in layout.tensors}
+    if order.protection is not None:
+        left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.uses_imatrix else job for name, job in left.items()}
     is_tied = OUTPUT not in tensors
     effort = order.compensate.effort(sum(tensor.n_rows * tensor.n_in for tensor in source.tensors))
     logs: dict[str, TensorLog] = {}
@@ -149,8 +155,18 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
     return logs
 
 
-def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], settings: Settings) -> tuple[Mapping[str, TensorLog], Mapping[str, float], str]:
-    """Encode, flush, verify and publish; return the log of each tensor, the seconds of each phase, and what the file said."""
+@dataclass(frozen=True)
+class _Written:
+    """What came of writing: the log of each tensor, the seconds of each phase, what the file said, and its super weights."""
+
+    logs: Mapping[str, TensorLog]
+    seconds: Mapping[str, float]
+    sample_text: str
+    super_weights: tuple[KeptWeight, ...] | None
+
+
+def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], settings: Settings) -> _Written:
+    """Encode, flush, verify and publish."""
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -170,8 +186,22 @@ def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], s
                 part.sync()
         with timed("verify"):
             sample_text = _verify(source, parts, logs, settings)
+            kept = None if order.protection is None else _read_back(order.protection, source, {row.name: row for row in order.plan.rows}, parts)
         _publish_all([part for part, _ in parts])
-    return logs, seconds, sample_text
+    return _Written(logs, seconds, sample_text, kept)
+
+
+def _read_back(protection: Protection, source: Source, rows: Mapping[str, PlanRow], parts: Sequence[tuple[PartFile, Layout]]) -> tuple[KeptWeight, ...]:
+    """Return every super weight as the written file holds it."""
+    places = {info.name: (part.path, info) for part, layout in parts for info in layout.tensors}
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    kept = []
+    for weight in protection.found.weights:
+        path, info = places[weight.name]
+        row, column = flat_row(tensors[weight.name], weight.matrix, weight.spike.row), weight.spike.column
+        now = rows[weight.name].type
+        kept.append(KeptWeight(weight, now, protection.raised.get(weight.name, now), float(decode_row(path, info, row)[column])))
+    return tuple(kept)
 
 
 def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:

@@ -41,6 +41,7 @@ from loopgguf.summary import (
     summarize_experts,
     summarize_tensors,
 )
+from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
 from loopgguf.verify import Recheck
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
@@ -140,6 +141,7 @@ def written_lines(result: WriteResult) -> list[str]:
         lines.append(f"sanitised: {sum(floored.values())} importances too small to use were raised, in {len(floored)} tensors ({names_text(list(floored))})")
     if feedback := [matrix for log in result.logs.values() for matrix in log.feedback]:
         lines.append(feedback_line(feedback))
+    lines += super_weight_lines(result)
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
     lines.append(f"it says: {result.sample_text!r}")
     return [*lines, f"wrote {', '.join(str(p) for p in result.paths)}"]
@@ -177,6 +179,48 @@ def recheck_json(result: Recheck) -> dict[str, object]:
     }
 
 
+def super_weight_lines(result: WriteResult) -> list[str]:
+    """Return what became of each super weight, read back from the written file, and of the mask."""
+    lines = []
+    for kept in result.super_weights or ():
+        raised = f", raised from {kept.type_before.name}" if kept.type_before is not kept.type else ""
+        missed = f": misses by more than {TOLERANCE:.0%}" if kept.miss > TOLERANCE else ""
+        lines.append(
+            f"super weight {place_text(kept.weight)}: {kept.weight.spike.value:.6g} → {kept.decoded:.6g} ({kept.miss:.2%}), {kept.type.name}{raised}{missed}"
+        )
+    mask = add_masks(*(log.mask for log in result.logs.values()))
+    if mask is not None:
+        n_tensors = sum(log.mask is not None for log in result.logs.values())
+        error, plain = mask.relative_errors
+        lines.append(
+            f"super-weight mask: {mask.n:,} weights in {n_tensors} tensors, within {TOLERANCE:.0%}: {mask.n_kept / mask.n:.1%} "
+            f"(plain encoder {mask.n_kept_plain / mask.n:.1%}), root mean square error {error:.2%} (plain encoder {plain:.2%})"
+        )
+    return lines
+
+
+def place_text(weight: SuperWeight) -> str:
+    """Return where a super weight is: `blk.1.ffn_down.weight[788, 2427]`, with the expert's number where there is one."""
+    expert = "" if weight.matrix is None else f"{weight.matrix}, "
+    return f"{weight.name}[{expert}{weight.spike.row}, {weight.spike.column}]"
+
+
+def _super_json(result: WriteResult) -> dict[str, object] | None:
+    if result.super_weights is None:
+        return None
+    weights = [
+        {"name": k.weight.name, "matrix": k.weight.matrix, "row": k.weight.spike.row, "column": k.weight.spike.column}
+        | {"value": k.weight.spike.value, "decoded": k.decoded, "miss": k.miss, "type": k.type.name, "type_before": k.type_before.name}
+        for k in result.super_weights
+    ]
+    mask = add_masks(*(log.mask for log in result.logs.values()))
+    if mask is None:
+        return {"weights": weights, "mask": None}
+    error, plain = mask.relative_errors
+    counts = {"n": mask.n, "n_kept": mask.n_kept, "n_kept_plain": mask.n_kept_plain}
+    return {"weights": weights, "mask": {**counts, "measured_relative_error": error, "measured_relative_error_plain": plain}}
+
+
 def written_json(result: WriteResult) -> dict[str, object]:
     """Return a written (or planned) model as JSON-able values."""
     return {
@@ -188,7 +232,54 @@ def written_json(result: WriteResult) -> dict[str, object]:
         "sample_text": result.sample_text,
         "tensors": {name: asdict(log) for name, log in result.logs.items()},
         "notes": list(result.notes),
+        "super_weights": _super_json(result),
     }
+
+
+def super_weight_table(found: Found) -> Table:
+    """Return one line per super weight: where, its value, how its input and output spike, and the perplexity without it."""
+    numbers = ("row", "column", "value", "input", "× median", "output", "× median ", "share", "pass", "measured perplexity without it")
+    ppl = f"measured perplexity as it is: {found.measured_perplexity:.4f}, {found.n_tokens:,} tokens of {', '.join(found.texts)}"
+    result = table("tensor", *numbers, numbers=numbers, title=ppl)
+    for weight in found.weights:
+        spike, expert = weight.spike, "" if weight.matrix is None else f"[{weight.matrix}]"
+        cells = (
+            f"{spike.value:.6g}",
+            f"{spike.input:.4g}",
+            f"{spike.input_ratio:.0f}",
+            f"{spike.output:.4g}",
+            f"{spike.output_ratio:.0f}",
+            f"{spike.share:.2f}",
+        )
+        result.add_row(weight.name + expert, str(spike.row), str(spike.column), *cells, str(weight.n_pass), f"{weight.measured_perplexity:.4f}")
+    return result
+
+
+def super_weight_summary(found: Found) -> list[str]:
+    """Return how many super weights there are, in words."""
+    if not found.weights:
+        return ["no super weights: no ffn_down makes a spike of its output from a spike of its input"]
+    more = [] if found.is_complete else ["the search ended with a spike left: there are more"]
+    return [f"{len(found.weights)} super weights", *more]
+
+
+def mask_table(mask: Mask, *, n_shown: int = 12) -> Table:
+    """Return how many weights of the mask lie in which tensor, the fullest first."""
+    result = table(
+        "tensor", "weights", numbers=("weights",), title=f"mask of the {mask.n_weights:,} largest |w|·√importance ({mask.coverage:.4%} of the weights with one)"
+    )
+    ranked = sorted(mask.indices.items(), key=lambda item: -len(item[1]))
+    for name, places in ranked[:n_shown]:
+        result.add_row(name, f"{len(places):,}")
+    if rest := ranked[n_shown:]:
+        result.add_row(f"{len(rest)} more", f"{sum(len(places) for _, places in rest):,}")
+    return result
+
+
+def super_weights_json(found: Found, mask: Mask | None) -> dict[str, object]:
+    """Return super weights, and how many weights of the mask each tensor holds, as JSON-able values."""
+    counts = None if mask is None else {"coverage": mask.coverage, "n": mask.n_weights, "tensors": {name: len(p) for name, p in mask.indices.items()}}
+    return {**found.to_json(), "mask": counts}
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------

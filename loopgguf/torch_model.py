@@ -44,12 +44,18 @@ def refuse_device(device: str) -> None:
 
 @dataclass(frozen=True)
 class WeightEdit:
-    """One weight of a layer set to another value for the time of a pass: GGUF name, row and column in the GGUF's order."""
+    """One weight of a layer set to another value for the time of a pass: GGUF name, row and column in the GGUF's order.
+
+    matrix: the expert's number (None: the weight is one matrix). original: the value it has, which the llama.cpp engine
+    needs, for it corrects the output instead.
+    """
 
     name: str
     row: int
     column: int
     value: float
+    matrix: int | None = None
+    original: float | None = None
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,16 @@ def _read_rows(fd: int, info: TensorInfo, start: int, stop: int) -> ggml.ByteArr
     return _read(fd, info, start * n_bytes, (stop - start) * n_bytes).reshape(stop - start, n_bytes)
 
 
+def decode_row(path: Path, info: TensorInfo, row: int) -> ggml.FloatArray:
+    """Return one row (n_in,) of a tensor in a written file, decoded."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        (decoded,) = ggml.decode_rows(info.type, _read_rows(fd, info, row, row + 1))
+    finally:
+        os.close(fd)
+    return np.asarray(decoded)
+
+
 def _check_encoded(fd: int, info: TensorInfo, tensor: Tensor, sampled: SampledError) -> None:
     """The sampled rows decode to the error that was logged when they were encoded."""
     source = ggml.decode_rows(tensor.type, tensor.read_rows(sampled.start, sampled.stop))

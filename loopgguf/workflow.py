@@ -15,16 +15,18 @@ from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, s
 from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
-from loopgguf.importance import ImatrixRequest, compute_imatrix, merge_imatrices
+from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, resolve
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model
 from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
+from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
+from loopgguf.super_weights import Found, Mask
 from loopgguf.verify import Recheck, recheck, speak
 from loopgguf.version import __version__
 
@@ -44,6 +46,7 @@ __all__ = [
     "merge_imatrices",
     "quantize",
     "reference_gguf",
+    "search_super_weights",
     "write_report",
 ]
 
@@ -109,6 +112,42 @@ def check_again(path: Path, against: Path | None = None, settings: Settings | No
     settings = settings or Settings()
     source = open_model(against, settings)[0] if against is not None else None
     return recheck(path, source, prompt=SPEAKING_PROMPT, n_threads=settings.n_threads, progress=settings.progress)
+
+
+@dataclass(frozen=True)
+class SuperWeightsResult:
+    """A model's super weights, and the mask where there is an imatrix."""
+
+    found: Found
+    mask: Mask | None
+    notes: tuple[str, ...]
+
+
+def search_super_weights(
+    model: Path,
+    calibration: ImatrixRequest | None = None,
+    *,
+    imatrix: Path | None = None,
+    use_imatrix: bool = True,
+    coverage: float = DEFAULT_COVERAGE,
+    settings: Settings | None = None,
+) -> SuperWeightsResult:
+    """Return a model's super weights: those beside `imatrix`, those found before, or those found now on the calibration text.
+
+    The mask needs an imatrix, given or made as `quantize` makes it; without one there is none. Raises as `compute_imatrix`.
+    """
+    calibration, settings = calibration or ImatrixRequest(), settings or Settings()
+    refuse_bad_coverage(coverage)
+    source, notes = open_model(model, settings)
+    found, origin = known_super_weights(source, imatrix, lambda: calibration_chunks(source, calibration, settings), settings)
+    assert found is not None
+    notes.append(f"super weights: {origin}")
+    if not use_imatrix:
+        return SuperWeightsResult(found, None, tuple(notes))
+    importance = given_importance(source, imatrix) if imatrix is not None else made_importance(source, calibration, settings)
+    assert importance.statistics is not None
+    mask = known_mask(source, importance.statistics, imatrix, coverage, settings)
+    return SuperWeightsResult(found, mask, (*notes, *importance.notes))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def test_an_audience_sends_chunks_to_their_set():
 def test_an_audience_knows_what_is_wanted():
     """Catches outputs or attention computed for nobody, or nobody told."""
     audience = Audience([ColumnSums()], HoldoutSplit([AttentionMass()], [Spikes()], frozenset()))
-    assert (audience.wants_outputs, audience.wants_attention, audience.wants_gradients) == (True, True, False)
-    assert not Audience([ColumnSums()]).wants_outputs
+    assert (audience.wants_output(DOWN), audience.wants_output(UP), audience.wants_attention, audience.wants_gradients) == (True, False, True, False)
+    assert not Audience([ColumnSums()]).wants_output(DOWN)
     assert Audience([GramSums()]).wants_gradients
 
 
