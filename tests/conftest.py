@@ -68,6 +68,18 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def planted_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[int, int]]:
+    """A copy of the demo model with a super weight in blk.1.ffn_down, and its (row, column); takes half a minute to train."""
+    from planted import plant
+
+    from loopgguf.opening import Settings, cut_text
+
+    folder = tmp_path_factory.mktemp("planted") / "planted-llama"
+    chunks = cut_text(open_source(demo_model), (), "calibration", 64, 600, Settings())
+    return folder, plant(demo_model, chunks.tokens, folder)
+
+
+@pytest.fixture(scope="session")
 def demo_gguf(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a BF16 GGUF, its tensors' bytes as the source gives them."""
     source = open_source(demo_model)
