@@ -210,25 +210,39 @@ def _measured(
     name: Path | None,
     overwrite: bool,
 ) -> ComparisonResult:
-    """Measure files and write the report that was asked for, whose name is checked before the work."""
+    """Measure files; the name of the report that will be written is checked before the work."""
     from loopgguf.opening import refuse_same_file
     from loopgguf.reportfile import refuse_existing_report, report_paths
-    from loopgguf.workflow import compare, write_report
+    from loopgguf.workflow import compare
 
     if name is not None:
         refuse_existing_report(name, overwrite=overwrite)
         for path in report_paths(name):
             refuse_same_file(path, [*candidates, reference, *(files or ()), *(tasks or ())])
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite)
         result = compare(
-            candidates, reference, tuple(files or ()), baseline=baseline, tasks=tuple(tasks or ()), ctx_size=ctx_size, n_chunks=chunks, settings=settings
+            candidates,
+            reference,
+            tuple(files or ()),
+            baseline=baseline,
+            tasks=tuple(tasks or ()),
+            ctx_size=ctx_size,
+            n_chunks=chunks,
+            settings=_settings(stack, threads),
         )
-        written = write_report(result, name, command=_State.command, settings=settings) if name is not None else ()
     _print_notes(result.notes)
-    if written:
-        _print_notes((f"report: wrote {', '.join(str(path) for path in written)}",))
     return result
+
+
+def _write_report(result: ComparisonResult, name: Path | None, threads: int | None, *, overwrite: bool) -> None:
+    """Write the report that was asked for; last, so that nothing measured is lost when it cannot be written."""
+    from loopgguf.workflow import write_report
+
+    if name is None:
+        return
+    with ExitStack() as stack:
+        paths = write_report(result, name, command=_State.command, settings=_settings(stack, threads, overwrite=overwrite))
+    _print_notes((f"report: wrote {', '.join(str(path) for path in paths)}",))
 
 
 def _print_tasks(result: ComparisonResult) -> None:
@@ -512,9 +526,10 @@ def evaluate(
     quality, tasks = result.files[0].quality, {"tasks": report.tasks_json(result.tasks)}
     if as_json:
         _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality), **tasks})
-        return
-    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
-    _print_tasks(result)
+    else:
+        _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
 
 
 @app.command()
@@ -540,10 +555,11 @@ def compare(
     if as_json:
         heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
         _print_json({**heading, "files": report.compared_json(result.files), "tasks": report.tasks_json(result.tasks)})
-        return
-    title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
-    _console().print(report.compared_table(result.files, result.baseline, title))
-    _print_tasks(result)
+    else:
+        title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
+        _console().print(report.compared_table(result.files, result.baseline, title))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
 
 
 @app.command()

@@ -164,6 +164,8 @@ def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_pa
     document = json.loads(Path("it's.json").read_text(encoding="utf-8"))
     assert document["command"] == f"""loopgguf evaluate a.gguf --reference {demo_gguf} -c 64 --chunks 2 --report 'it'"'"'s'"""
     assert [file["name"] for file in document["files"]] == ["a.gguf"]
+    failed = run(*arguments[:-1], "/dev/null/r")
+    assert failed.code == 4 and "Mean KLD" in failed.out, "what was measured is lost with the report"
     Path("it's.json").unlink()
     again = run(*arguments)
     assert again.code == 4 and "it's.md already exists" in again.error and not Path("it's.json").exists()
