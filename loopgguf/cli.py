@@ -129,6 +129,10 @@ LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="
 RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
 ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
 EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
+TaskOption = Annotated[
+    list[Path] | None,
+    typer.Option("--task", metavar="FILE.jsonl", help="Questions with right answers: multiple choice, or last words. May be given several times."),
+]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="NAME", help="Write NAME.json, NAME.md and NAME.html too.")]
 CoverageOption = Annotated[
     float | None,
@@ -225,26 +229,51 @@ def _measured(
     ctx_size: int,
     chunks: int | None,
     threads: int | None,
+    tasks: list[Path] | None,
     name: Path | None,
     overwrite: bool,
 ) -> ComparisonResult:
-    """Measure files and write the report that was asked for, whose name is checked before the work."""
+    """Measure files; the name of the report that will be written is checked before the work."""
     from loopgguf.opening import refuse_same_file
     from loopgguf.reportfile import refuse_existing_report, report_paths
-    from loopgguf.workflow import compare, write_report
+    from loopgguf.workflow import compare
 
     if name is not None:
         refuse_existing_report(name, overwrite=overwrite)
         for path in report_paths(name):
-            refuse_same_file(path, [*candidates, reference, *(files or ())])
+            refuse_same_file(path, [*candidates, reference, *(files or ()), *(tasks or ())])
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite)
-        result = compare(candidates, reference, tuple(files or ()), baseline=baseline, ctx_size=ctx_size, n_chunks=chunks, settings=settings)
-        written = write_report(result, name, command=_State.command, settings=settings) if name is not None else ()
+        result = compare(
+            candidates,
+            reference,
+            tuple(files or ()),
+            baseline=baseline,
+            tasks=tuple(tasks or ()),
+            ctx_size=ctx_size,
+            n_chunks=chunks,
+            settings=_settings(stack, threads),
+        )
     _print_notes(result.notes)
-    if written:
-        _print_notes((f"report: wrote {', '.join(str(path) for path in written)}",))
     return result
+
+
+def _write_report(result: ComparisonResult, name: Path | None, threads: int | None, *, overwrite: bool) -> None:
+    """Write the report that was asked for; last, so that nothing measured is lost when it cannot be written."""
+    from loopgguf.workflow import write_report
+
+    if name is None:
+        return
+    with ExitStack() as stack:
+        paths = write_report(result, name, command=_State.command, settings=_settings(stack, threads, overwrite=overwrite))
+    _print_notes((f"report: wrote {', '.join(str(path) for path in paths)}",))
+
+
+def _print_tasks(result: ComparisonResult) -> None:
+    from loopgguf import report
+
+    if result.tasks:
+        _console().print()
+        _console().print(report.tasks_table(result.tasks, [file.name for file in result.files]))
 
 
 def _rules(tensor_type: list[str] | None, output_type: str | None, embedding_type: str | None, **flags: bool) -> TypeRules:
@@ -606,6 +635,7 @@ def evaluate(
     file: TextOption = None,
     ctx_size: ContextOption = 512,
     chunks: EvaluatedChunksOption = None,
+    task: TaskOption = None,
     report_name: ReportOption = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
@@ -614,12 +644,14 @@ def evaluate(
     """Measure a GGUF against the model it was made from: perplexity, KLD and same top p on held-out text."""
     from loopgguf import report
 
-    result = _measured([candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, name=report_name, overwrite=overwrite)
-    quality = result.files[0].quality
+    result = _measured([candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite)
+    quality, tasks = result.files[0].quality, {"tasks": report.tasks_json(result.tasks)}
     if as_json:
-        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality)})
-        return
-    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
+        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality), **tasks})
+    else:
+        _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
 
 
 @app.command()
@@ -630,6 +662,7 @@ def compare(
     ctx_size: ContextOption = 512,
     chunks: EvaluatedChunksOption = None,
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="The file the others are compared with. Default: the first.")] = None,
+    task: TaskOption = None,
     report_name: ReportOption = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
@@ -638,13 +671,17 @@ def compare(
     """Measure GGUFs of one model side by side on held-out text: a line each, sorted by size, with paired differences."""
     from loopgguf import report
 
-    result = _measured(candidates, reference, file, baseline=baseline, ctx_size=ctx_size, chunks=chunks, threads=threads, name=report_name, overwrite=overwrite)
+    result = _measured(
+        candidates, reference, file, baseline=baseline, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite
+    )
     if as_json:
         heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
-        _print_json({**heading, "files": report.compared_json(result.files)})
-        return
-    title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
-    _console().print(report.compared_table(result.files, result.baseline, title))
+        _print_json({**heading, "files": report.compared_json(result.files), "tasks": report.tasks_json(result.tasks)})
+    else:
+        title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
+        _console().print(report.compared_table(result.files, result.baseline, title))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
 
 
 @app.command()

@@ -251,7 +251,7 @@ def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32],
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def _mean(values: Floats) -> Measure:
+def mean_measure(values: Floats) -> Measure:
     """Return the mean with σ / √n, tokens taken as independent, as upstream does."""
     n = len(values)
     return Measure(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
@@ -286,13 +286,14 @@ def _correlation(nlls: Floats) -> Floats:
 
 def _root_mean_square(values: Floats) -> Measure:
     """Return √(mean x²) with the error of the mean square carried through the root."""
-    mean_square = _mean(np.square(values))
+    mean_square = mean_measure(np.square(values))
     root = float(np.sqrt(mean_square.value))
     error = mean_square.standard_error
     return Measure(root, error if not (error and root) else 0.5 / root * error)
 
 
-def _proportion_percent(flags: NDArray[np.bool_]) -> Measure:
+def proportion_percent(flags: NDArray[np.bool_]) -> Measure:
+    """Return how many of the flags are set, in percent, with the binomial error."""
     n, p = len(flags), float(flags.mean())
     return Measure(100 * p, 100 * float(np.sqrt(p * (1 - p) / (n - 1))) if n > 1 else None)
 
@@ -327,24 +328,24 @@ def summarize(scores: Scores, n_chunks: int, n_ctx: int, tokens_sha256: str) -> 
     n_scored = len(scores.kld)
     by_chunk = (n_chunks, n_scored // n_chunks)
     dp_percent = 100 * (np.exp(-scores.nll) - np.exp(-scores.reference_nll))
-    ln_ratio = _mean(scores.nll - scores.reference_nll)
+    ln_ratio = mean_measure(scores.nll - scores.reference_nll)
     nlls = np.stack([scores.nll.reshape(by_chunk), scores.reference_nll.reshape(by_chunk)], axis=1)
     quantiles, omitted = _kld_quantiles(scores.kld.reshape(by_chunk))
     return Quality(
         n_chunks=n_chunks,
         n_ctx=n_ctx,
         n_scored=n_scored,
-        perplexity=_exponential(_mean(scores.nll)),
-        reference_perplexity=_exponential(_mean(scores.reference_nll)),
+        perplexity=_exponential(mean_measure(scores.nll)),
+        reference_perplexity=_exponential(mean_measure(scores.reference_nll)),
         perplexity_correlation_percent=Measure(float(_correlation(nlls)[0]), _bootstrap(nlls, _correlation)[0]),
         ln_perplexity_ratio=ln_ratio,
         perplexity_ratio=_exponential(ln_ratio),
-        mean_kld_nats=_mean(scores.kld),
+        mean_kld_nats=mean_measure(scores.kld),
         max_kld_nats=Measure(float(scores.kld.max()), None),
         kld_quantiles_nats=quantiles,
-        mean_dp_percent=_mean(dp_percent),
+        mean_dp_percent=mean_measure(dp_percent),
         rms_dp_percent=_root_mean_square(dp_percent),
-        same_top_percent=_proportion_percent(scores.same_top),
+        same_top_percent=proportion_percent(scores.same_top),
         omitted=omitted,
         tokens_sha256=tokens_sha256,
         token_kld_nats=scores.kld.reshape(by_chunk).astype(np.float32),
@@ -378,7 +379,7 @@ def _ratio(a: Floats, b: Floats) -> Measure | None:
     if not b.mean():
         return None
     ratio = float(a.mean() / b.mean())
-    return Measure(ratio, _mean((a - ratio * b) / b.mean()).standard_error)
+    return Measure(ratio, mean_measure((a - ratio * b) / b.mean()).standard_error)
 
 
 def _ratio_interval(a: Floats, b: Floats) -> tuple[float, float] | None:
@@ -406,4 +407,4 @@ def compare_paired(a: Quality, b: Quality) -> PairedComparison:
         raise UsageError("paired comparison: got measurements against different references, expected one. Evaluate both against the same file")
     kld_a, kld_b = (q.token_kld_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
     nll_a, nll_b = (q.token_nll_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
-    return PairedComparison(_mean(kld_a - kld_b), _ratio(kld_a, kld_b), _ratio_interval(kld_a, kld_b), _mean(nll_a - nll_b))
+    return PairedComparison(mean_measure(kld_a - kld_b), _ratio(kld_a, kld_b), _ratio_interval(kld_a, kld_b), mean_measure(nll_a - nll_b))

@@ -41,8 +41,12 @@ from loopgguf.summary import (
     summarize_experts,
     summarize_tensors,
 )
+<<<<<<< HEAD
 from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
 from loopgguf.verify import Recheck
+=======
+from loopgguf.tasks import TaskResult
+>>>>>>> report2
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
 PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
@@ -364,6 +368,22 @@ def compared_json(files: Sequence[ComparedFile]) -> list[dict[str, object]]:
         }
         for file in files
     ]
+
+
+def tasks_table(tasks: Sequence[TaskResult], names: Sequence[str]) -> Table:
+    """Return one line per task and file: right answers of the file and of the reference, and their paired difference."""
+    headings = ("task", "questions", "file", "right", "reference", "difference")
+    result = table(*headings, numbers=("questions", "right", "reference", "difference"))
+    for task in tasks:
+        for name, accuracy in zip(names, task.accuracies, strict=True):
+            numbers = (accuracy.accuracy_percent, task.reference_percent, accuracy.difference_percent)
+            result.add_row(Text(f"{task.name} ({task.kind})"), f"{task.n_items:,}", Text(name), *(with_error(number, 2, " %") for number in numbers))
+    return result
+
+
+def tasks_json(tasks: Sequence[TaskResult]) -> list[dict[str, object]]:
+    """Return task results as JSON-able values; `accuracies` are in the order of the files."""
+    return [asdict(task) for task in tasks]
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

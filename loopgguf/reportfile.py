@@ -26,8 +26,9 @@ from loopgguf.comparison import ComparedFile
 from loopgguf.container import GgufFile, PartFile, read_shards, refuse_existing
 from loopgguf.evaluation import Quality
 from loopgguf.formats import FORMATS
-from loopgguf.report import compared_json
+from loopgguf.report import compared_json, tasks_json
 from loopgguf.reportpage import render_html, render_markdown
+from loopgguf.tasks import TaskResult
 from loopgguf.version import __version__
 
 Document = dict[str, Any]
@@ -127,6 +128,7 @@ def make_document(
     notes: Sequence[str],
     command: str,
     samples: Samples,
+    tasks: Sequence[TaskResult] = (),
 ) -> Document:
     """Return the report of compared files as JSON-able values; the README describes its keys.
 
@@ -153,6 +155,7 @@ def make_document(
         "reference": {"name": reference_name, "shards": _shard_digests(read_shards(reference))},
         "baseline": baseline,
         "notes": list(notes),
+        "tasks": tasks_json(tasks),
         "sample": {"prompt": samples.prompt, "n_tokens": samples.n_tokens, "reference": samples.reference},
         "files": [_file_document(*parts) for parts in zip(compared_json(files), files, samples.spoken, strict=True)],
     }

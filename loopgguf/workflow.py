@@ -26,8 +26,13 @@ from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weight
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
+<<<<<<< HEAD
 from loopgguf.super_weights import Found, Mask
 from loopgguf.verify import Recheck, recheck, speak
+=======
+from loopgguf.tasks import TaskResult, load_task, measure_task
+from loopgguf.verify import speak
+>>>>>>> report2
 from loopgguf.version import __version__
 
 __all__ = [
@@ -198,6 +203,7 @@ class ComparisonResult:
     baseline: str
     chunks: Chunks
     notes: tuple[str, ...]
+    tasks: tuple[TaskResult, ...] = ()  # accuracies in the order of `files`
 
 
 def evaluate(
@@ -224,6 +230,7 @@ def compare(
     files: Sequence[str | Path] = (),
     *,
     baseline: str | None = None,
+    tasks: Sequence[Path] = (),
     ctx_size: int = DEFAULT_CTX_SIZE,
     n_chunks: int | None = None,
     settings: Settings | None = None,
@@ -231,10 +238,11 @@ def compare(
     """Measure GGUFs of one model against its full-precision reference on the same text, the reference being run once.
 
     baseline: the path, file name or name without `.gguf` of the candidate that the others are compared with, default the
-    first. Everything else as in `evaluate`. Raises UsageError for a file given twice or an unknown baseline.
+    first. tasks: JSONL files of questions, see `tasks.py`. Everything else as in `evaluate`. Raises UsageError for a file given twice or an unknown baseline.
     """
     settings = settings or Settings()
     names, at = short_names(candidates), find_baseline(baseline, candidates)
+    questions = [load_task(path) for path in tasks]
     sources = [open_source(candidate) for candidate in candidates]  # first: a bad file is refused before a reference is converted for it
     reference_path, notes = reference_gguf(reference, settings)
     chunks = cut_text(open_source(reference_path), files, "heldout", ctx_size, n_chunks, settings)
@@ -244,7 +252,10 @@ def compare(
         if overlap:
             notes.append(f"{', '.join(overlap)} is also the calibration text of {name}: its figures flatter; evaluate on other text")
     qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
-    return ComparisonResult(compare_measured(candidates, qualities, at), reference, reference_path, names[at], chunks, (*notes, *chunks.notes))
+    measured = compare_measured(candidates, qualities, at)
+    paths = [file.path for file in measured]
+    results = [measure_task(task, paths, reference_path, n_threads=settings.n_threads, progress=settings.progress) for task in questions]
+    return ComparisonResult(measured, reference, reference_path, names[at], chunks, (*notes, *chunks.notes), tuple(results))
 
 
 REPORT_TOKENS = 64  # of a generation sample
@@ -276,6 +287,7 @@ def write_report(result: ComparisonResult, name: Path, *, command: str = "", set
         texts=result.chunks.names,
         notes=notes,
         command=command,
+        tasks=result.tasks,
         samples=Samples(SPEAKING_PROMPT, REPORT_TOKENS, spoken[0], tuple(spoken[1:])),
     )
     return write_document(document, name, overwrite=settings.overwrite)

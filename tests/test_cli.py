@@ -139,6 +139,22 @@ def test_files_are_compared(run: Run, demo_gguf: Path, demo_model: Path, tmp_pat
         assert refused.code == 2 and word in refused.error
 
 
+def test_tasks_are_answered(run: Run, demo_gguf: Path, tmp_path: Path) -> None:
+    """A task whose numbers stand beside another file's name, or that the report and the JSON forget."""
+    task = tmp_path / "words.jsonl"
+    task.write_text('{"text": "Once upon a time"}\n{"text": "He went to the sea"}\n', encoding="utf-8")
+    assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
+    measuring = ("a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2, "--task", task)
+    shown = run("evaluate", *measuring, "--report", "r")
+    assert shown.code == 0 and shown.out.splitlines()[-1].startswith("words.jsonl (last word)          2  a.gguf")
+    for found in (json.loads(run("compare", *measuring, "--json").out), json.loads(Path("r.json").read_text(encoding="utf-8"))):
+        assert [(entry["name"], entry["n_items"], len(entry["accuracies"])) for entry in found["tasks"]] == [("words.jsonl", 2, 1)]
+    assert "words.jsonl (last word) | 2 | a.gguf |" in Path("r.md").read_text(encoding="utf-8")
+    task.write_text("not JSON", encoding="utf-8")
+    refused = run("evaluate", *measuring)
+    assert refused.code == 3 and "line 1 of" in refused.error
+
+
 def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
     """A report of another run, one that replaces a file or an input unasked, and an error only after the work."""
     assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
@@ -148,6 +164,8 @@ def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_pa
     document = json.loads(Path("it's.json").read_text(encoding="utf-8"))
     assert document["command"] == f"""loopgguf evaluate a.gguf --reference {demo_gguf} -c 64 --chunks 2 --report 'it'"'"'s'"""
     assert [file["name"] for file in document["files"]] == ["a.gguf"]
+    failed = run(*arguments[:-1], "/dev/null/r")
+    assert failed.code == 4 and "Mean KLD" in failed.out, "what was measured is lost with the report"
     Path("it's.json").unlink()
     again = run(*arguments)
     assert again.code == 4 and "it's.md already exists" in again.error and not Path("it's.json").exists()

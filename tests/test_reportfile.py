@@ -160,6 +160,9 @@ def hostile(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document with hostile text in every place that a model, a file or a text may fill."""
     changed: dict[str, Any] = json.loads(json.dumps(document))
     changed["command"] = changed["baseline"] = changed["reference"]["name"] = HOSTILE
+    number = {"value": 50.0, "standard_error": None}
+    accuracies = [{"accuracy_percent": number, "difference_percent": number} for _ in changed["files"]]
+    changed["tasks"] = [{"name": HOSTILE, "kind": "last word", "n_items": 1, "reference_percent": number, "accuracies": accuracies}]
     changed["notes"], changed["text"]["names"] = [HOSTILE], [HOSTILE]
     changed["sample"] |= {"reference": HOSTILE + "\n\n# heading\n```\n", "prompt": HOSTILE}
     for file in changed["files"]:
@@ -196,7 +199,7 @@ def test_markdown_says_hostile_names_as_text(document: dict[str, Any], tmp_path:
     lines = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not [line for line in lines if re.search(r"<[a-z/!]", line)]
     assert not [line for line in lines if line.startswith(("# heading", "```"))]
-    for n_columns, start in ((9, "| file | bytes | bpw"), (6, "| role | tensors"), (3, "| file | bytes | sha256")):
+    for n_columns, start in ((9, "| file | bytes | bpw"), (6, "| role | tensors"), (6, "| task | questions"), (3, "| file | bytes | sha256")):
         at = next(i for i, line in enumerate(lines) if line.startswith(start))
         assert len(re.findall(r"(?<!\\)\|", lines[at + 2])) == n_columns + 1, lines[at + 2]
 

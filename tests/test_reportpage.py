@@ -64,6 +64,7 @@ def document(*files: Document) -> Document:
         "versions": {"python": "3"},
         "baseline": "a.gguf",
         "notes": [],
+        "tasks": [],
         "text": {"names": ["t.txt"], "n_chunks": 1, "n_ctx": 32, "n_scored": 15, "tokens_sha256": "0" * 64},
         "reference": {"name": "model", "shards": [{"name": "r.gguf", "bytes": 9, "sha256": "0" * 64}]},
         "sample": {"prompt": "Once", "n_tokens": 8, "reference": None},
