@@ -41,12 +41,9 @@ from loopgguf.summary import (
     summarize_experts,
     summarize_tensors,
 )
-<<<<<<< HEAD
 from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
-from loopgguf.verify import Recheck
-=======
 from loopgguf.tasks import TaskResult
->>>>>>> report2
+from loopgguf.verify import Recheck
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
 PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")

@@ -26,13 +26,9 @@ from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weight
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
-<<<<<<< HEAD
 from loopgguf.super_weights import Found, Mask
-from loopgguf.verify import Recheck, recheck, speak
-=======
 from loopgguf.tasks import TaskResult, load_task, measure_task
-from loopgguf.verify import speak
->>>>>>> report2
+from loopgguf.verify import Recheck, recheck, speak
 from loopgguf.version import __version__
 
 __all__ = [
