@@ -121,7 +121,7 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
     tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
     left = {info.name: Job(tensors[info.name], rows[info.name], part, info) for part, layout in parts for info in layout.tensors}
     if order.protection is not None:
-        left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.uses_imatrix else job for name, job in left.items()}
+        left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.is_encoded else job for name, job in left.items()}
     is_tied = OUTPUT not in tensors
     effort = order.compensate.effort(sum(tensor.n_rows * tensor.n_in for tensor in source.tensors))
     logs: dict[str, TensorLog] = {}

@@ -32,6 +32,7 @@ from loopgguf.curvature import GramSet, GramSums
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
+from loopgguf.torch_model import WeightEdit
 
 THREADS = 1  # the engines' threads spin at barriers, which makes them slow beside other processes
 
@@ -266,6 +267,22 @@ def test_experts_get_their_own_sums_and_counts(moe_gguf: Path):
     assert columns["blk.0.ffn_down_exps.weight"].counts.sum() == tokens.size * N_USED
 
 
+def test_a_weight_of_one_expert_set_to_zero(moe_gguf: Path):
+    """Catches an edit of all experts, or of another than the one named."""
+    file, name, matrix, row, column = read_gguf(moe_gguf), "blk.0.ffn_down_exps.weight", 2, 3, 4
+    original = float(read_floats(file, name)[matrix, row, column])
+    tokens = np.random.default_rng(5).integers(0, N_VOCAB, (1, 32)).astype(np.int32)
+    outputs, recorder = [], Recorder()
+    for edits in ([], [WeightEdit(name, row, column, 0.0, matrix, original)]):
+        means = OutputMeans()
+        collect_from_gguf(moe_gguf, tokens, [recorder, means], n_threads=THREADS, edits=edits)
+        outputs.append({expert: np.concatenate(slabs).sum(axis=0) for (weight, expert), slabs in means.slabs.items() if weight == name})
+    X = recorder.slabs[name, matrix][0]
+    change = {expert: outputs[1][expert] - before for expert, before in outputs[0].items()}
+    assert [(expert, int(i)) for expert, values in change.items() for i in np.flatnonzero(np.abs(values) > 1e-9)] == [(matrix, row)]
+    np.testing.assert_allclose(change[matrix][row], -original * X[:, column].sum(), rtol=1e-3)
+
+
 def test_unreached_experts_are_counted_zero(moe_gguf: Path):
     """Catches counts that have fewer entries than the model has experts."""
     sums = ColumnSums()
@@ -344,6 +361,25 @@ def test_more_documents_than_llama_cpp_keeps_apart(f32_gguf: Path):
     documents = np.arange(512, dtype=np.int32)[None]
     with pytest.raises(InputError, match=r"got 512 documents in chunk 0, expected at most the 256 .* smaller context with -c"):
         collect_from_gguf(f32_gguf, np.full((1, 512), 5, np.int32), [], n_threads=THREADS, documents=documents)
+
+
+def test_a_weight_set_to_another_value_is_alike_in_both_engines(demo_model: Path, f32_gguf: Path, chunks: np.ndarray):
+    """Catches an edit of the wrong row or column, one that the layers above do not see, and one that stays in the file."""
+    name, row, column = "blk.1.ffn_down.weight", 3, 5
+    original = float(read_floats(read_gguf(f32_gguf), name)[row, column])
+    edit = WeightEdit(name, row, column, 0.75, original=original)
+    seen = []
+    for collect, path in ((collect_from_checkpoint, demo_model), (collect_from_gguf, f32_gguf), (collect_from_gguf, None)):
+        spikes, sums = Spikes(), ColumnSums()
+        edits = [edit] if path is not None else []
+        result = collect(path or f32_gguf, chunks[:1], [spikes, sums], n_threads=THREADS, edits=edits)
+        seen.append((spikes.extremes()[name, None].outputs, sums.columns()["blk.5.ffn_up.weight"].sum_squares, result.perplexity))
+    torch, llama, plain = seen
+    np.testing.assert_allclose(torch[0], llama[0], atol=2e-3 * np.abs(llama[0]).max())
+    np.testing.assert_allclose(torch[1], llama[1], rtol=5e-3)
+    assert torch[2] == pytest.approx(llama[2], rel=1e-3)
+    assert np.flatnonzero(plain[0] != llama[0]).tolist() == [row]
+    assert abs(plain[2] - llama[2]) > 1e-5
 
 
 def collect_grams(collect, path: Path, chunks: np.ndarray, **options: object) -> tuple[dict, dict]:

@@ -197,6 +197,23 @@ def test_convert_and_json_and_profiles(run: Run, demo_model: Path) -> None:
     assert listed.code == 0 and all(name in listed.out for name in ("balanced", "attention-high", "compression-max"))
 
 
+def test_super_weights_are_listed_and_protected(run: Run, demo_gguf: Path) -> None:
+    """A table where JSON was asked for, files beside the imatrix that the next command does not see, outcomes that are not told."""
+    made = run("imatrix", demo_gguf, "--super-weights", "--samples", 2, "-c", 128, "-o", "a.imatrix.gguf")
+    assert made.code == 0 and "no super weights" in made.out
+    listed = run("super-weights", demo_gguf, "--imatrix", "a.imatrix.gguf", "--json")
+    found = json.loads(listed.out)
+    assert found["weights"] == [] and found["mask"]["n"] == 472 and found["measured_perplexity"] > 1
+    assert "taken from a.imatrix.super-weights.json" in listed.err
+    table = run("super-weights", demo_gguf, "--imatrix", "a.imatrix.gguf")
+    assert "no super weights" in table.out and "blk.5.ffn_down.weight" in table.out
+    arguments = ("quantize", demo_gguf, "--quant-type", "Q2_K", "--imatrix", "a.imatrix.gguf", "--protect-super-weights", "-o", "a.gguf")
+    written = run(*arguments, "--json")
+    assert json.loads(written.out)["super_weights"]["mask"]["n"] == 472
+    raised = run(*arguments, "--overwrite", "--super-weight-budget", "200kB")
+    assert "super-weight mask: 472 weights" in raised.out and Path("a.gguf").stat().st_size <= json.loads(written.out)["total_bytes"] + 200_000
+
+
 def test_underscores_in_option_names(run: Run, demo_gguf: Path) -> None:
     """Users of other tools type `--quant_type`."""
     assert run("quantize", demo_gguf, "--quant_type", "Q8_0", "--dry_run").code == 0
@@ -321,6 +338,12 @@ def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, lin
         (["--tensor-type", "attn_(v=Q8_0"], ["attn_(v"]),
         (["--max-buffer-size", "lots"], ["lots"]),
         (["--imatrix", "a.gguf", "--no-imatrix"], ["--no-imatrix"]),
+        (["--protect-super-weights", "--no-imatrix"], ["--protect-super-weights", "--no-imatrix"]),
+        (["--protect-super-weights", "--super-weight-coverage", "0.5"], ["--super-weight-coverage", "0.5"]),
+        (["--super-weight-coverage", "0.001"], ["--protect-super-weights"]),
+        (["--super-weight-budget", "1MB"], ["--protect-super-weights"]),
+        (["--protect-super-weights", "--super-weight-budget", "much"], ["much"]),
+        (["--protect-super-weights", "--super-weight-budget", "1MB", "--size", "4MB"], ["--super-weight-budget", "size"]),
     ],
 )
 def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments: list[str], words: list[str]) -> None:

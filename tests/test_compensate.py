@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from loopgguf import compensate as compensate_module
 from loopgguf import ggml
-from loopgguf.compensate import ROW_BLOCK, Columns, Damping, compensate, damped, feedback_factor, weighted_error
+from loopgguf.compensate import ROW_BLOCK, Columns, Damping, LossCurvature, compensate, damped, feedback_factor, weighted_error
 from loopgguf.formats import GgmlType
+from loopgguf.super_weights import Pin
 
 CHEAP_TYPES = [GgmlType.Q4_0, GgmlType.Q5_1, GgmlType.IQ4_NL, GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q6_K, GgmlType.IQ4_XS]
 
@@ -146,6 +147,23 @@ def test_whole_effort_lowers_both_objectives() -> None:
 
     for ggml_type in (GgmlType.Q4_0, GgmlType.Q3_K, GgmlType.IQ3_S):
         assert joint(3, ggml_type) < 0.9 * joint(0, ggml_type)
+
+
+@pytest.mark.parametrize("has_rows", [False, True])
+def test_a_pinned_weight_keeps_its_value_and_its_error_is_fed_back(has_rows: bool) -> None:
+    """Feedback that moves a super weight before it is encoded; a pin counted from the wrong row or column; rows above that change."""
+    W = np.random.default_rng(17).normal(size=(2 * ROW_BLOCK, 512)).astype(np.float32)
+    row, column = ROW_BLOCK + 5, 300
+    H, H_O = _covariance(512, 18, 600), _covariance(len(W), 19, 150) if has_rows else None
+    importance = np.diag(H).astype(np.float32)
+    plain, without = compensate(W, GgmlType.Q4_K, H, importance=importance, H_O=H_O)
+    packed, decoded = compensate(W, GgmlType.Q4_K, H, importance=importance, H_O=H_O, pins={row: Pin((column,))})
+    assert abs(without[row, column] / W[row, column] - 1) > 0.02  # else nothing is shown here
+    assert abs(decoded[row, column] / W[row, column] - 1) <= 0.01
+    assert np.array_equal(ggml.decode_rows(GgmlType.Q4_K, packed), decoded)
+    assert np.array_equal(packed[:row], plain[:row]) and np.array_equal(decoded[row, :256], without[row, :256])
+    guarded = compensate_module.encode_guarded(W, GgmlType.Q4_K, importance, LossCurvature(H=H, held_out=H, H_O=H_O), pins={row: Pin((column,))})
+    assert guarded.way != "plain" and abs(ggml.decode_rows(GgmlType.Q4_K, guarded.packed)[row, column] / W[row, column] - 1) <= 0.01
 
 
 @settings(max_examples=30, deadline=None)
