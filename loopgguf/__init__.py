@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from loopgguf.version import __version__
 
-__all__ = ["ImatrixRequest", "QuantizeRequest", "Settings", "__version__", "compute_imatrix", "convert", "evaluate", "quantize"]
+__all__ = ["ImatrixRequest", "QuantizeRequest", "Settings", "__version__", "compare", "compute_imatrix", "convert", "evaluate", "quantize"]
 
 if TYPE_CHECKING:
-    from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
+    from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, convert, evaluate, quantize
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ Sources: tools/imatrix/imatrix.cpp (what is collected, perplexity), ggml/include
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,44 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf import ggml
-from loopgguf.accumulators import (
-    Accumulator,
-    Audience,
-    GramSet,
-    GramSums,
-    HoldoutSplit,
-    PassResult,
-    document_starts,
-    first_scored,
-    gram_bytes,
-    plan_passes,
-    score_tokens,
-    scored_targets,
-    summarize_pass,
-)
+from loopgguf.accumulators import Accumulator, Audience, HoldoutSplit, document_starts
 from loopgguf.architectures import tensor_role
+from loopgguf.curvature import GramSet, GramSums, gram_bytes, plan_passes
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
-from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, HEAD, PHASE, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, PHASE, collect_from_checkpoint, collect_gradients
 from loopgguf.llama import Context, Model, max_sequences
+from loopgguf.loss import MAX_NATS, PassResult, first_scored, score_tokens, scored_targets, summarize_pass
 from loopgguf.progress import Meter, Progress
+from loopgguf.torch_model import HEAD, WeightEdit
 
-__all__ = [
-    "Accumulator",
-    "GramSink",
-    "HoldoutSplit",
-    "PassResult",
-    "WeightEdit",
-    "collect_from_checkpoint",
-    "collect_from_gguf",
-    "collect_gradients",
-    "collect_grams_from_checkpoint",
-    "collect_grams_from_gguf",
-    "finished_layers",
-    "first_scored",
-    "score_tokens",
-    "summarize_pass",
-]
+__all__ = ["GramSink", "collect_from_checkpoint", "collect_from_gguf", "collect_gradients", "collect_grams_from_checkpoint", "collect_grams_from_gguf"]
 
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
@@ -275,6 +250,25 @@ def _score(pool: ThreadPoolExecutor, n_parts: int, logits: FloatArray, targets: 
     return np.concatenate(list(parts))
 
 
+class _RunningLoss:
+    """The perplexity so far, from the sums of the losses of each chunk that are scored."""
+
+    def __init__(self, losses: Sequence[NDArray[np.float64]], is_scored: NDArray[np.bool_]) -> None:
+        self.losses, self.is_scored = losses, is_scored
+        self._total, self._n = 0.0, 0
+        for i in range(len(losses)):
+            self.count(i)
+
+    def count(self, i: int) -> None:
+        """Add the losses of chunk i."""
+        scored = self.losses[i][self.is_scored[i]]
+        self._total, self._n = self._total + float(scored.sum()), self._n + len(scored)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self._total / max(self._n, 1), MAX_NATS))
+
+
 def _refuse_many(starts: Sequence[Sequence[int]]) -> None:
     """Raise InputError when a chunk holds more documents than llama.cpp keeps apart."""
     number, n = max(enumerate(map(len, starts)), key=lambda item: item[1])
@@ -306,12 +300,12 @@ def collect_from_gguf(
     where there are experts; with `process_output` also an untied head; and what else they listen to, gradients apart.
     split: others, by the chunk's number. documents: (n_chunks, n_ctx) int32 numbers the documents of each chunk; attention
     stays inside them (a recurrent model has no way to: None). wants: only weights of which it is true. edits: weights of
-    the feed-forward network changed for the time of the pass, with their `original` values. losses: of the chunks that
-    are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each, which is how a
-    job is resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
+    the feed-forward network changed for the time of the pass, with their `original` values. losses: of the
+    chunks that are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each,
+    which is how a job is resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
     """
     n_chunks, n_ctx = chunks.shape
-    first, is_scored = first_scored(n_ctx), scored_targets(chunks, documents)
+    first = first_scored(n_ctx)
     starts = [document_starts(None if documents is None else documents[i]) for i in range(n_chunks)]
     _refuse_many(starts)
     audience = Audience(accumulators, split)
@@ -319,6 +313,7 @@ def collect_from_gguf(
     losses = [] if losses is None else losses
     meter = Meter(progress, PHASE, chunks.size, n_chunks)
     meter.reach(len(losses))
+    running = _RunningLoss(losses, scored_targets(chunks, documents))
     with ExitStack() as stack:
         model = stack.enter_context(Model(path))
         assert documents is None or not model.is_recurrent
@@ -330,10 +325,11 @@ def collect_from_gguf(
             if watcher.error is not None:
                 raise watcher.error
             losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], chunks[i, first + 1 :]))
+            running.count(i)
             if on_chunk is not None:
                 on_chunk(i)
-            meter.step(perplexity=summarize_pass(np.stack(losses)[is_scored[: i + 1]]).perplexity)
-    return summarize_pass(np.stack(losses)[is_scored])
+            meter.step(perplexity=running.perplexity)
+    return summarize_pass(np.stack(losses)[running.is_scored])
 
 
 # --- Gram matrices ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from loopgguf.chat import ChatTemplate, Conversation, render
 from loopgguf.corpus import Document, Part, Row, find_parts, read_rows, read_text
 from loopgguf.errors import InputError, UsageError
-from loopgguf.hub import Progress
+from loopgguf.progress import Progress
 
 logger = logging.getLogger(__name__)
 

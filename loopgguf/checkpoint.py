@@ -92,6 +92,32 @@ def write_cached(path: Path, content: bytes) -> None:
         raise OutputError(f"cannot write the cache entry {path}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
 
 
+@dataclass(frozen=True)
+class CacheKind:
+    """What of one kind lies in the cache folder."""
+
+    name: str
+    n_files: int
+    n_bytes: int
+
+
+def list_cache() -> list[CacheKind]:
+    """Return what the cache folder holds, by kind."""
+    folder = cache_folder()
+    kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    files = {kind: [path for path in kind.rglob("*") if path.is_file()] for kind in kinds}
+    return [CacheKind(kind.name, len(paths), sum(path.stat().st_size for path in paths)) for kind, paths in files.items()]
+
+
+def clear_cache(kind: str) -> CacheKind:
+    """Delete all of one kind from the cache folder, and return what it was. Raises UsageError for a kind that is not there."""
+    kinds = {found.name: found for found in list_cache()}
+    if kind not in kinds:
+        raise UsageError(f"kind of cache entry: got {kind!r}, expected one of {', '.join(kinds) or 'none: the cache is empty'}")
+    shutil.rmtree(cache_folder() / kind)
+    return kinds[kind]
+
+
 # --- files --------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shlex
 import signal
 import sys
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from loopgguf.pipeline import WriteResult
     from loopgguf.planner import TypeRules
     from loopgguf.super_weights import Found
-    from loopgguf.workflow import QuantizeRequest, Settings
+    from loopgguf.workflow import ComparisonResult, QuantizeRequest, Settings
 
 EXIT_TERMINATED = 143
 
@@ -126,6 +127,13 @@ OutputTypeOption = Annotated[str | None, typer.Option("--output-tensor-type", he
 EmbeddingTypeOption = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")]
 LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")]
 RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
+ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
+EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
+TaskOption = Annotated[
+    list[Path] | None,
+    typer.Option("--task", metavar="FILE.jsonl", help="Questions with right answers: multiple choice, or last words. May be given several times."),
+]
+ReportOption = Annotated[Path | None, typer.Option("--report", metavar="NAME", help="Write NAME.json, NAME.md and NAME.html too.")]
 CoverageOption = Annotated[
     float | None,
     typer.Option("--super-weight-coverage", help="Part of all weights in the mask: the largest |w|·√importance. Default: 0.0001, 0.01 %.", show_default=False),
@@ -210,6 +218,62 @@ def _print_written(result: WriteResult, *, verbose: bool) -> None:
     console.print()
     for line in report.written_lines(result):
         console.print(line, markup=False)
+
+
+def _measured(
+    candidates: list[Path],
+    reference: Path,
+    files: list[Path] | None,
+    *,
+    baseline: str | None = None,
+    ctx_size: int,
+    chunks: int | None,
+    threads: int | None,
+    tasks: list[Path] | None,
+    name: Path | None,
+    overwrite: bool,
+) -> ComparisonResult:
+    """Measure files; the name of the report that will be written is checked before the work."""
+    from loopgguf.opening import refuse_same_file
+    from loopgguf.reportfile import refuse_existing_report, report_paths
+    from loopgguf.workflow import compare
+
+    if name is not None:
+        refuse_existing_report(name, overwrite=overwrite)
+        for path in report_paths(name):
+            refuse_same_file(path, [*candidates, reference, *(files or ()), *(tasks or ())])
+    with ExitStack() as stack:
+        result = compare(
+            candidates,
+            reference,
+            tuple(files or ()),
+            baseline=baseline,
+            tasks=tuple(tasks or ()),
+            ctx_size=ctx_size,
+            n_chunks=chunks,
+            settings=_settings(stack, threads),
+        )
+    _print_notes(result.notes)
+    return result
+
+
+def _write_report(result: ComparisonResult, name: Path | None, threads: int | None, *, overwrite: bool) -> None:
+    """Write the report that was asked for; last, so that nothing measured is lost when it cannot be written."""
+    from loopgguf.workflow import write_report
+
+    if name is None:
+        return
+    with ExitStack() as stack:
+        paths = write_report(result, name, command=_State.command, settings=_settings(stack, threads, overwrite=overwrite))
+    _print_notes((f"report: wrote {', '.join(str(path) for path in paths)}",))
+
+
+def _print_tasks(result: ComparisonResult) -> None:
+    from loopgguf import report
+
+    if result.tasks:
+        _console().print()
+        _console().print(report.tasks_table(result.tasks, [file.name for file in result.files]))
 
 
 def _rules(tensor_type: list[str] | None, output_type: str | None, embedding_type: str | None, **flags: bool) -> TypeRules:
@@ -575,26 +639,57 @@ def convert(
 @app.command()
 def evaluate(
     candidate: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The GGUF to measure.")],
-    reference: Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")],
+    reference: ReferenceOption,
     file: TextOption = None,
     ctx_size: ContextOption = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")] = None,
+    chunks: EvaluatedChunksOption = None,
+    task: TaskOption = None,
+    report_name: ReportOption = None,
+    overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a GGUF against the model it was made from: perplexity, KLD and same top p on held-out text."""
     from loopgguf import report
-    from loopgguf.workflow import evaluate as run
 
-    with ExitStack() as stack:
-        result = run(candidate, reference, tuple(file or ()), ctx_size=ctx_size, n_chunks=chunks, settings=_settings(stack, threads))
-    _print_notes(result.notes)
-    quality = result.quality
+    result = _measured([candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite)
+    quality, tasks = result.files[0].quality, {"tasks": report.tasks_json(result.tasks)}
     if as_json:
-        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality)})
-        return
-    scored = f"{quality.n_scored:,} scored tokens, {quality.n_chunks} chunks of {quality.n_ctx}, of {', '.join(result.chunks.names)}"
-    _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {scored}"))
+        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality), **tasks})
+    else:
+        _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
+
+
+@app.command()
+def compare(
+    candidates: Annotated[list[Path], typer.Argument(metavar="A.gguf B.gguf…", help="The GGUFs to measure, of one model.")],
+    reference: ReferenceOption,
+    file: TextOption = None,
+    ctx_size: ContextOption = 512,
+    chunks: EvaluatedChunksOption = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="The file the others are compared with. Default: the first.")] = None,
+    task: TaskOption = None,
+    report_name: ReportOption = None,
+    overwrite: OverwriteOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure GGUFs of one model side by side on held-out text: a line each, sorted by size, with paired differences."""
+    from loopgguf import report
+
+    result = _measured(
+        candidates, reference, file, baseline=baseline, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite
+    )
+    if as_json:
+        heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
+        _print_json({**heading, "files": report.compared_json(result.files), "tasks": report.tasks_json(result.tasks)})
+    else:
+        title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
+        _console().print(report.compared_table(result.files, result.baseline, title))
+        _print_tasks(result)
+    _write_report(result, report_name, threads, overwrite=overwrite)
 
 
 @app.command()
@@ -636,6 +731,44 @@ def inspect(
 
 
 @app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF (the first shard of a split one).")],
+    against: Annotated[Path | None, typer.Option("--against", metavar="MODEL", help="The model it was made from: every weight is compared.")] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a finished GGUF again: its structure, every value, that llama.cpp runs it, and its weights against the model's."""
+    from loopgguf import report
+    from loopgguf.workflow import check_again
+
+    with ExitStack() as stack:
+        result = check_again(file, against, _settings(stack, threads))
+    if as_json:
+        _print_json(report.recheck_json(result))
+        return
+    console = _console()
+    if result.relative_errors:
+        console.print(report.recheck_table(result))
+    console.print(f"{file}: {result.n_tensors} tensors, {result.n_bytes:,} bytes of weights, all finite; it says: {result.sample_text!r}", markup=False)
+
+
+@app.command()
+def cache(clear: Annotated[str | None, typer.Option("--clear", metavar="KIND", help="Delete all entries of a kind.")] = None) -> None:
+    """Show what the user cache folder holds, or delete a kind of it; all of it can be made again."""
+    from loopgguf import report
+    from loopgguf.checkpoint import cache_folder, clear_cache, list_cache
+
+    if clear is not None:
+        gone = clear_cache(clear)
+        _console().print(f"deleted {gone.n_files} files, {gone.n_bytes:,} bytes of {gone.name}", markup=False)
+        return
+    table = report.table("kind", "files", "bytes", title=str(cache_folder()), numbers=("files", "bytes"))
+    for kind in list_cache():
+        table.add_row(kind.name, str(kind.n_files), f"{kind.n_bytes:,}")
+    _console().print(table)
+
+
+@app.command()
 def profiles() -> None:
     """List the profiles that ship with loopgguf."""
     from loopgguf import report
@@ -663,9 +796,10 @@ def _root(
 
 
 class _State:
-    """Whether `--debug` was given; the only thing that outlives parsing."""
+    """Whether `--debug` was given, and the command as it was typed; all that outlives parsing."""
 
     debug = False
+    command = ""
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:
@@ -679,6 +813,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a sign must not end a finished job
     signal.signal(signal.SIGTERM, _stop)
+    _State.command = shlex.join(["loopgguf", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         app(arguments)
     except LoopggufError as error:

@@ -16,20 +16,22 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, Accumulator, GramSet, PassResult
+from loopgguf.accumulators import EMBEDDING, Accumulator
 from loopgguf.activations import (
     collect_from_checkpoint,
     collect_from_gguf,
     collect_grams_from_checkpoint,
     collect_grams_from_gguf,
-    finished_layers,
     gguf_passes,
 )
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import ENGINE, Job, Resumable, Steps
+from loopgguf.curvature import GramSet
 from loopgguf.errors import InputError, Interrupted
 from loopgguf.grams import GramWriter
+from loopgguf.hidden_states import finished_layers
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
+from loopgguf.loss import PassResult
 from loopgguf.progress import Progress
 
 TokenArray = NDArray[np.int32]

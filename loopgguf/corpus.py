@@ -27,6 +27,7 @@ from loopgguf.chat import Conversation
 from loopgguf.container import LFS_POINTER
 from loopgguf.documents import parse_json
 from loopgguf.errors import InputError, UsageError
+from loopgguf.progress import Progress
 
 MAX_TEXT_BYTES = 256 << 20  # of one document; its tokens take some ten times as much memory
 MAX_LINE_BYTES = 64 << 20
@@ -84,7 +85,7 @@ class Part:
 # --- what was asked for -----------------------------------------------------------------------------------------------
 
 
-def find_parts(inputs: Sequence[str | Path], progress: hub.Progress | None = None) -> tuple[list[Part], list[str]]:
+def find_parts(inputs: Sequence[str | Path], progress: Progress | None = None) -> tuple[list[Part], list[str]]:
     """Return the files that `-f` names, in order, and notes for the user. A path that exists wins over a data set's name.
 
     Raises UsageError for none and for standard input twice, InputError for what is not there, an empty folder, a link
@@ -101,7 +102,7 @@ def find_parts(inputs: Sequence[str | Path], progress: hub.Progress | None = Non
     return parts, notes
 
 
-def _expand(item: str, notes: list[str], progress: hub.Progress | None) -> list[Part]:
+def _expand(item: str, notes: list[str], progress: Progress | None) -> list[Part]:
     path = Path(item)
     if item == STDIN:
         return [Part("stdin", "stdin", "text", None)]
@@ -121,7 +122,7 @@ def _file_part(path: Path, source: str, name: str) -> Part:
     return Part(source, name, _file_kind(path.name) or "text", lambda: path)
 
 
-def _dataset_parts(dataset: hub.Dataset, notes: list[str], progress: hub.Progress | None) -> list[Part]:
+def _dataset_parts(dataset: hub.Dataset, notes: list[str], progress: Progress | None) -> list[Part]:
     notes += [*dataset.notes, f"{dataset.reference.name}: {dataset.reference.repo} at revision {dataset.revision[:12]}"]
 
     def part(file: str) -> Part:

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -37,13 +37,13 @@ from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.errors import InputError
 from loopgguf.formats import FLOAT_TYPES, FORMATS, QUANTIZED_TYPES, GgmlType, fits_row
 from loopgguf.presets import requires_imatrix
+from loopgguf.progress import Progress
 from loopgguf.sensitivity import HEAD, Sensitivity
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 FloatArray = NDArray[np.float32]
 
 # mainline runs these too, but without training for them they lose to others of their size, or are for special hardware

@@ -12,7 +12,7 @@ It judges nothing: what is good enough is decided by whoever asked.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.activations import first_scored
 from loopgguf.container import read_shards
 from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
+from loopgguf.loss import first_scored
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Floats = NDArray[np.float64]
 Logits = NDArray[np.float32]
 
@@ -34,6 +34,8 @@ MIN_SCORED_FOR_TAIL = 20_000  # below it, 99.9 % rests on fewer than 20 tokens
 TAIL_PERCENT = 99.9
 QUANTILES_PERCENT = (TAIL_PERCENT, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0)
 N_BOOTSTRAP = 200  # resamples; the error of a standard error is then 5 %
+N_BOOTSTRAP_INTERVAL = 2000  # the ends of an interval need more
+INTERVAL_PERCENT = 95.0
 _SLAB_LOGITS = 1 << 19  # 4 MiB as float64; a slab in flight holds a few such arrays
 _MIN_CTX = 4  # the shortest chunk with a scored position
 
@@ -92,6 +94,7 @@ class PairedComparison:
 
     mean_kld_difference_nats: Measure
     mean_kld_ratio: Measure | None  # None when b is identical to the reference
+    mean_kld_ratio_interval: tuple[float, float] | None  # 95 %, from a bootstrap over chunks; None for a single chunk too
     ln_perplexity_difference: Measure
 
 
@@ -210,32 +213,45 @@ def _chunks(tokens: NDArray[np.int32], phase: str, progress: Progress | None) ->
             progress(phase, number + 1, n_chunks)
 
 
-def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Quality:
-    """Return how close the GGUF `candidate` is to the GGUF `reference` on the text in `tokens`.
+def measure_qualities(
+    candidates: Sequence[Path], reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None
+) -> list[Quality]:
+    """Return how close each of the GGUFs `candidates` is to the GGUF `reference` on the text in `tokens`, in their order.
 
     tokens: (n_chunks, n_ctx) int32 token ids, chunks as llama-perplexity cuts them (BOS in place of the first token
     where the vocabulary adds one). Of each chunk, positions n_ctx / 2 … n_ctx − 2 are scored. The models run one after
-    the other on each chunk, with the same cache and attention settings; both stay mapped, and llama.cpp holds
-    n_ctx × n_vocab float32 logits for each. Raises InputError for files that do not load or whose vocabularies differ,
-    UsageError for too little text, QualityError for logits that are not finite.
+    the other on each chunk, the reference once for all, with the same cache and attention settings; all stay mapped, and
+    llama.cpp holds the scored positions × n_vocab float32 logits of one chunk for each. Raises InputError for files that
+    do not load or whose vocabularies differ, UsageError for too little text, QualityError for logits that are not finite.
     """
     n_chunks, n_ctx = _check_shape(tokens)
-    _check_same_vocabulary(candidate, reference)
-    scores = []
-    with _Runner(reference, n_ctx, n_threads) as base, _Runner(candidate, n_ctx, n_threads) as ours, ThreadPoolExecutor(n_threads) as pool:
-        if base.model.n_vocab != ours.model.n_vocab:
-            raise InputError(f"vocabulary of {candidate}: got {ours.model.n_vocab} tokens, expected the {base.model.n_vocab} of {reference}")
+    for candidate in candidates:
+        _check_same_vocabulary(candidate, reference)
+    scores: list[list[Scores]] = [[] for _ in candidates]
+    with ExitStack() as stack:
+        base, *ours = (stack.enter_context(_Runner(path, n_ctx, n_threads)) for path in (reference, *candidates))
+        pool = stack.enter_context(ThreadPoolExecutor(n_threads))
+        for runner in ours:
+            if base.model.n_vocab != runner.model.n_vocab:
+                raise InputError(f"vocabulary of {runner.path}: got {runner.model.n_vocab} tokens, expected the {base.model.n_vocab} of {reference}")
         _check_tokens(tokens, base.model, reference)
         for number, chunk, targets in _chunks(tokens, "evaluate", progress):
             reference_logits = base.logits(chunk, number)
-            scores.append(_score_chunk(pool, reference_logits, ours.logits(chunk, number), targets))
-    return summarize(_concatenate(scores), n_chunks, n_ctx, hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest())
+            for runner, scored in zip(ours, scores, strict=True):
+                scored.append(_score_chunk(pool, reference_logits, runner.logits(chunk, number), targets))
+    fingerprint = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
+    return [summarize(_concatenate(scored), n_chunks, n_ctx, fingerprint) for scored in scores]
+
+
+def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Quality:
+    """Return how close one GGUF is to `reference`: `measure_qualities` of it alone."""
+    return measure_qualities([candidate], reference, tokens, n_threads=n_threads, progress=progress)[0]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def _mean(values: Floats) -> Measure:
+def mean_measure(values: Floats) -> Measure:
     """Return the mean with σ / √n, tokens taken as independent, as upstream does."""
     n = len(values)
     return Measure(float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None)
@@ -270,13 +286,14 @@ def _correlation(nlls: Floats) -> Floats:
 
 def _root_mean_square(values: Floats) -> Measure:
     """Return √(mean x²) with the error of the mean square carried through the root."""
-    mean_square = _mean(np.square(values))
+    mean_square = mean_measure(np.square(values))
     root = float(np.sqrt(mean_square.value))
     error = mean_square.standard_error
     return Measure(root, error if not (error and root) else 0.5 / root * error)
 
 
-def _proportion_percent(flags: NDArray[np.bool_]) -> Measure:
+def proportion_percent(flags: NDArray[np.bool_]) -> Measure:
+    """Return how many of the flags are set, in percent, with the binomial error."""
     n, p = len(flags), float(flags.mean())
     return Measure(100 * p, 100 * float(np.sqrt(p * (1 - p) / (n - 1))) if n > 1 else None)
 
@@ -311,24 +328,24 @@ def summarize(scores: Scores, n_chunks: int, n_ctx: int, tokens_sha256: str) -> 
     n_scored = len(scores.kld)
     by_chunk = (n_chunks, n_scored // n_chunks)
     dp_percent = 100 * (np.exp(-scores.nll) - np.exp(-scores.reference_nll))
-    ln_ratio = _mean(scores.nll - scores.reference_nll)
+    ln_ratio = mean_measure(scores.nll - scores.reference_nll)
     nlls = np.stack([scores.nll.reshape(by_chunk), scores.reference_nll.reshape(by_chunk)], axis=1)
     quantiles, omitted = _kld_quantiles(scores.kld.reshape(by_chunk))
     return Quality(
         n_chunks=n_chunks,
         n_ctx=n_ctx,
         n_scored=n_scored,
-        perplexity=_exponential(_mean(scores.nll)),
-        reference_perplexity=_exponential(_mean(scores.reference_nll)),
+        perplexity=_exponential(mean_measure(scores.nll)),
+        reference_perplexity=_exponential(mean_measure(scores.reference_nll)),
         perplexity_correlation_percent=Measure(float(_correlation(nlls)[0]), _bootstrap(nlls, _correlation)[0]),
         ln_perplexity_ratio=ln_ratio,
         perplexity_ratio=_exponential(ln_ratio),
-        mean_kld_nats=_mean(scores.kld),
+        mean_kld_nats=mean_measure(scores.kld),
         max_kld_nats=Measure(float(scores.kld.max()), None),
         kld_quantiles_nats=quantiles,
-        mean_dp_percent=_mean(dp_percent),
+        mean_dp_percent=mean_measure(dp_percent),
         rms_dp_percent=_root_mean_square(dp_percent),
-        same_top_percent=_proportion_percent(scores.same_top),
+        same_top_percent=proportion_percent(scores.same_top),
         omitted=omitted,
         tokens_sha256=tokens_sha256,
         token_kld_nats=scores.kld.reshape(by_chunk).astype(np.float32),
@@ -362,7 +379,20 @@ def _ratio(a: Floats, b: Floats) -> Measure | None:
     if not b.mean():
         return None
     ratio = float(a.mean() / b.mean())
-    return Measure(ratio, _mean((a - ratio * b) / b.mean()).standard_error)
+    return Measure(ratio, mean_measure((a - ratio * b) / b.mean()).standard_error)
+
+
+def _ratio_interval(a: Floats, b: Floats) -> tuple[float, float] | None:
+    """Return the 95 % interval of mean(a) / mean(b): percentiles over resampled pairs of chunks, with a fixed seed."""
+    if len(b) < 2:
+        return None
+    draws = np.random.default_rng(0).integers(0, len(b), (N_BOOTSTRAP_INTERVAL, len(b)))
+    below = b[draws].mean(axis=1)
+    if not below.all():
+        return None
+    outside = (100 - INTERVAL_PERCENT) / 2
+    low, high = np.percentile(a[draws].mean(axis=1) / below, (outside, 100 - outside))
+    return float(low), float(high)
 
 
 def compare_paired(a: Quality, b: Quality) -> PairedComparison:
@@ -377,4 +407,4 @@ def compare_paired(a: Quality, b: Quality) -> PairedComparison:
         raise UsageError("paired comparison: got measurements against different references, expected one. Evaluate both against the same file")
     kld_a, kld_b = (q.token_kld_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
     nll_a, nll_b = (q.token_nll_nats.mean(axis=1, dtype=np.float64) for q in (a, b))
-    return PairedComparison(_mean(kld_a - kld_b), _ratio(kld_a, kld_b), _mean(nll_a - nll_b))
+    return PairedComparison(mean_measure(kld_a - kld_b), _ratio(kld_a, kld_b), _ratio_interval(kld_a, kld_b), mean_measure(nll_a - nll_b))

@@ -18,15 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, Gram, GramSet, PassResult, split_holdout
+from loopgguf.accumulators import EMBEDDING, split_holdout
 from loopgguf.activations import collect_grams_from_checkpoint, collect_grams_from_gguf
 from loopgguf.architectures import input_group, tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
+from loopgguf.curvature import Gram, GramSet
 from loopgguf.errors import InputError
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
+from loopgguf.loss import PassResult
 from loopgguf.planner import PlanRow
 from loopgguf.progress import Progress
 from loopgguf.source import Source

@@ -2,7 +2,7 @@
 
 `NAME.imatrix.gguf` → `NAME.imatrix.gram-00001-of-00033.safetensors`, …: a shard per layer, and one for what belongs to
 no layer. An entry is `WHAT.NAME`, `WHAT.NAME#EXPERT`, and in the held-out set `holdout.WHAT.NAME`, where WHAT is a field of
-`accumulators.GramSet` and NAME an input group or weight. Symmetric matrices are packed: row i of the upper triangle from
+`curvature.GramSet` and NAME an input group or weight. Symmetric matrices are packed: row i of the upper triangle from
 the diagonal on, then row i + 1, float32, sums over tokens and not means. Beside each entry lies `…/tokens` (or
 `…/weight`), what it is divided by. Holds no statistics in memory but those of one layer; computes none.
 """
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, Curvature, FirstToken, FloatArray, Gram, GramSet, GramStatistics, has_output_gram
+from loopgguf.accumulators import EMBEDDING, FloatArray
 from loopgguf.architectures import input_group
+from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet, GramStatistics, has_output_gram
 from loopgguf.documents import parse_object
 from loopgguf.errors import InputError, OutputError
 from loopgguf.safetensor import StoredTensor, read_array, read_safetensors, write_safetensors
@@ -109,7 +110,7 @@ def check_disk(folder: Path, n_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class GramHeader:
-    """What all matrices of a file have in common; see `accumulators.GramStatistics`."""
+    """What all matrices of a file have in common; see `curvature.GramStatistics`."""
 
     holdout_chunks: tuple[int, ...]
     seed: int

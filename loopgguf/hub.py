@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loopgguf.errors import InputError, UsageError
-
-Progress = Callable[[str, int, int], None]
+from loopgguf.progress import Progress
 
 PREFIX = "hf:"
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".json.gz", ".json", ".txt", ".txt.gz")  # where a split comes in several, the first is read

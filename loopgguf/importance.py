@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from loopgguf.accumulators import EMBEDDING, Extremes, Key, PassResult, Spikes, gram_shapes, split_holdout
+from loopgguf.accumulators import EMBEDDING, Extremes, Key, Spikes, split_holdout
 from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
 from loopgguf.checkpoint import Job, cache_path, content_key
 from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
+from loopgguf.curvature import gram_shapes
 from loopgguf.errors import InputError, UsageError
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
+from loopgguf.loss import PassResult
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
 from loopgguf.protection import (
     DEFAULT_COVERAGE,
@@ -134,14 +136,14 @@ Save = Callable[[Statistics, Mapping[Key, Extremes] | None], None]
 def _collect(task: _Task, job_folder: Path, save: Save) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
-    Gram matrices and attention, where asked for, are published beside the output before. `save` gets the extremes around
-    each ffn_down too, where super weights are looked for.
+    Gram matrices and attention, where asked for, are published beside the output before. `save` gets the extremes
+    around each ffn_down too, where super weights are looked for.
     """
     source, chunks, request, overwrite = task.source, task.chunks, task.request, task.settings.overwrite
     columns, attention, spikes = ColumnSums(moments=True), AttentionMass(), Spikes()
-    collectors: dict[str, Collector] = {"columns": columns}
-    collectors |= {"attention": attention} if request.attention else {}
-    collectors |= {"spikes": spikes} if request.super_weights else {}
+    collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
+    if request.super_weights:
+        collectors["spikes"] = spikes
     if request.attention:
         refuse_existing_attention(task.output, overwrite=overwrite)
     with Job(job_folder, task.fingerprint, resume=request.resume) as job:

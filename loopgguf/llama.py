@@ -153,7 +153,7 @@ class Context:
         params.no_perf = True
         self._callback = None
         if callback is not None:
-            self._callback = binding.ggml_backend_sched_eval_callback(lambda tensor, ask, _data: callback(int(tensor), bool(ask)))
+            self._callback = binding.ggml_backend_sched_eval_callback(lambda tensor, ask, _data: callback(tensor, ask))
             params.cb_eval = self._callback
         self.pointer = binding.llama_init_from_model(model.pointer, params)
         if not self.pointer:

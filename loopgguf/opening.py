@@ -19,11 +19,10 @@ from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.container import write_gguf
 from loopgguf.errors import InputError, OutputError, UsageError
 from loopgguf.llama import Model
+from loopgguf.progress import Progress
 from loopgguf.proof import prove_vocabulary
 from loopgguf.source import Source, open_source
 from loopgguf.version import __version__
-
-Progress = Callable[[str, int, int], None]
 
 DEFAULT_MAX_BUFFER_BYTES = 256 << 20
 DEFAULT_CTX_SIZE = 512
@@ -85,7 +84,7 @@ def open_model(model: Path, settings: Settings) -> tuple[Source, list[str]]:
 def _refuse_device(source: Source, device: str) -> None:
     if not source.is_checkpoint:
         raise UsageError(f"--device {device}: {source.path} is a GGUF, which llama.cpp runs on the CPU. Leave the option out, or give the checkpoint folder")
-    from loopgguf.layerwise import refuse_device
+    from loopgguf.torch_model import refuse_device
 
     refuse_device(device)
 

@@ -25,11 +25,10 @@ from loopgguf.container import PartFile, TensorInfo
 from loopgguf.errors import InputError, QualityError
 from loopgguf.formats import FLOAT_TYPES, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, row_bytes
 from loopgguf.planner import Plan, PlanRow
+from loopgguf.progress import Progress
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
 from loopgguf.super_weights import MaskLog, Pins, SuperWeight, add_masks, encode_rows, measure_mask, pins_between
-
-Progress = Callable[[str, int, int], None]
 
 SLAB_WEIGHTS = 1 << 20  # enough work to hide Python's overhead, small enough that a slab stays in the caches
 SAMPLED_ROWS = 8  # of each encoded tensor, decoded again at once and after the file is reopened
@@ -242,8 +241,8 @@ def execute(
     def finish(slab: _Slab, part: TensorLog) -> None:
         nonlocal n_done
         name = slab.job.row.name
-        log, feedback = logs[name], logs[name].feedback + part.feedback
-        logs[name] = replace(log, sampled=part.sampled or log.sampled, feedback=feedback, mask=add_masks(log.mask, part.mask))
+        log = logs[name]
+        logs[name] = replace(log, sampled=part.sampled or log.sampled, feedback=log.feedback + part.feedback, mask=add_masks(log.mask, part.mask))
         left[name] -= 1
         if left[name] == 0:
             n_done += 1

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from loopgguf import ggml
-from loopgguf.accumulators import Extremes, Key, PassResult, Spikes
-from loopgguf.activations import WeightEdit, collect_from_checkpoint, collect_from_gguf
+from loopgguf.accumulators import Extremes, Key, Spikes
+from loopgguf.activations import collect_from_checkpoint, collect_from_gguf
 from loopgguf.allocation import Choice, solve
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
@@ -31,6 +31,7 @@ from loopgguf.errors import InputError, UsageError
 from loopgguf.errortable import candidate_types
 from loopgguf.formats import FORMATS, QUANTIZED_TYPES, GgmlType, padded
 from loopgguf.grams import imatrix_stem
+from loopgguf.loss import PassResult
 from loopgguf.opening import Settings
 from loopgguf.planner import Plan, PlanRow, with_type
 from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
@@ -52,6 +53,7 @@ from loopgguf.super_weights import (
     mask_misses,
     mask_scores,
 )
+from loopgguf.torch_model import WeightEdit
 
 FORMAT = "1"  # of the files
 VERSION = 1  # of the search: part of the name in the cache

@@ -17,13 +17,14 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from loopgguf.accumulators import GramSet, LayerSummary, summarize_layer
 from loopgguf.architectures import tensor_role
 from loopgguf.attention import load_attention
 from loopgguf.calibration import Share
+from loopgguf.comparison import ComparedFile
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
+from loopgguf.curvature import GramSet, LayerSummary, summarize_layer
 from loopgguf.errors import InputError
-from loopgguf.evaluation import Measure, Quality, labelled
+from loopgguf.evaluation import INTERVAL_PERCENT, Measure, Quality, labelled
 from loopgguf.formats import FORMATS, GgmlType
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
@@ -41,9 +42,11 @@ from loopgguf.summary import (
     summarize_tensors,
 )
 from loopgguf.super_weights import TOLERANCE, Found, Mask, SuperWeight, add_masks
+from loopgguf.tasks import TaskResult
+from loopgguf.verify import Recheck
 
 MAX_VALUE_CHARACTERS = 72  # of a metadata value shown in a table
-_PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
+PERCENT_LABELS = ("Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean Δp", "RMS Δp", "Same top p")
 
 
 def table(*columns: str, title: str = "", numbers: Iterable[str] = ()) -> Table:
@@ -153,6 +156,30 @@ def feedback_line(logs: Sequence[FeedbackLog]) -> str:
     return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
 
 
+def recheck_table(result: Recheck) -> Table:
+    """Return the error of a file's weights against its model's, by type: ‖w − ŵ‖² / ‖w‖² of its tensors."""
+    by_type: dict[str, dict[str, float]] = {}
+    for name, (ggml_type, error) in result.relative_errors.items():
+        by_type.setdefault(ggml_type.name, {})[name] = error
+    shown = table("type", "tensors", "mean error", "worst", "of", numbers=("tensors", "mean error", "worst"))
+    for name, errors in sorted(by_type.items(), key=lambda item: np.mean(list(item[1].values()))):
+        worst = max(errors, key=lambda tensor: errors[tensor])
+        shown.add_row(name, str(len(errors)), f"{np.mean(list(errors.values())):.3g}", f"{errors[worst]:.3g}", worst)
+    return shown
+
+
+def recheck_json(result: Recheck) -> dict[str, object]:
+    """Return what a second check found as JSON-able values."""
+    errors = {name: {"type": ggml_type.name, "relative_error": error} for name, (ggml_type, error) in result.relative_errors.items()}
+    return {
+        "paths": [str(path) for path in result.paths],
+        "n_tensors": result.n_tensors,
+        "n_bytes": result.n_bytes,
+        "says": result.sample_text,
+        "tensors": errors,
+    }
+
+
 def super_weight_lines(result: WriteResult) -> list[str]:
     """Return what became of each super weight, read back from the written file, and of the mask."""
     lines = []
@@ -260,7 +287,7 @@ def super_weights_json(found: Found, mask: Mask | None) -> dict[str, object]:
 
 
 def _measure_text(label: str, measure: Measure) -> str:
-    unit = " %" if label in _PERCENT_LABELS else ""
+    unit = " %" if label in PERCENT_LABELS else ""
     error = "" if measure.standard_error is None else f" ± {measure.standard_error:.2g}"
     return f"{measure.value:.6g}{error}{unit}"
 
@@ -277,6 +304,83 @@ def quality_json(quality: Quality) -> dict[str, object]:
     """Return the quality as JSON-able values, without the per-token arrays."""
     numbers = {label: asdict(measure) if measure is not None else {"omitted": quality.omitted[label]} for label, measure in labelled(quality).items()}
     return {"n_chunks": quality.n_chunks, "n_ctx": quality.n_ctx, "n_scored": quality.n_scored, "tokens_sha256": quality.tokens_sha256, "measured": numbers}
+
+
+def scored_text(quality: Quality, texts: Sequence[str]) -> str:
+    """Return in words what a quality was measured on."""
+    return f"{quality.n_scored:,} scored tokens, {quality.n_chunks} chunks of {quality.n_ctx}, of {', '.join(texts)}"
+
+
+def with_error(measure: Measure | None, n_digits: int, unit: str = "") -> str:
+    """Return a number and its standard error with `n_digits` decimals each; nothing for None."""
+    if measure is None:
+        return ""
+    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.{n_digits}f}"
+    return f"{measure.value:.{n_digits}f}{error}{unit}"
+
+
+def measured_cells(quality: Quality) -> tuple[str, ...]:
+    """Return the numbers that go under `MEASURED_COLUMNS`."""
+    return (
+        with_error(quality.mean_kld_nats, 5),
+        with_error(quality.kld_quantiles_nats[99.0], 3),
+        with_error(quality.same_top_percent, 2, " %"),
+        with_error(quality.perplexity_ratio, 4),
+    )
+
+
+MEASURED_COLUMNS = ("mean KLD", "99 % KLD", "same top p", "PPL ratio")
+
+
+def baseline_text(file: ComparedFile) -> str:
+    """Return the ratio of a file's mean KLD to the baseline's, with its interval over chunks."""
+    if file.to_baseline is None:
+        return "baseline"
+    ratio, interval = file.to_baseline.mean_kld_ratio, file.to_baseline.mean_kld_ratio_interval
+    if ratio is None:
+        return "(the baseline's is 0)"
+    return f"{ratio.value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval is not None else "")
+
+
+def compared_table(files: Sequence[ComparedFile], baseline: str, title: str = "") -> Table:
+    """Return one line per file; `*` in the last column marks those that no other file beats in size and mean KLD."""
+    headings = ("file", "bytes", "bpw", *MEASURED_COLUMNS, f"mean KLD ÷ {baseline}'s [{INTERVAL_PERCENT:g} %]", "Pareto")
+    result = table(*headings, title=title, numbers=headings[1:-1])
+    for file in files:
+        mark = "*" if file.is_pareto else ""
+        result.add_row(Text(file.name), f"{file.n_bytes:,}", f"{file.bpw:.3f}", *measured_cells(file.quality), Text(baseline_text(file)), mark)
+    return result
+
+
+def compared_json(files: Sequence[ComparedFile]) -> list[dict[str, object]]:
+    """Return compared files as JSON-able values; `to_baseline` is null for the baseline itself."""
+    return [
+        {
+            "name": file.name,
+            "bytes": file.n_bytes,
+            "bpw": file.bpw,
+            **quality_json(file.quality),
+            "to_baseline": asdict(file.to_baseline) if file.to_baseline is not None else None,
+            "is_pareto": file.is_pareto,
+        }
+        for file in files
+    ]
+
+
+def tasks_table(tasks: Sequence[TaskResult], names: Sequence[str]) -> Table:
+    """Return one line per task and file: right answers of the file and of the reference, and their paired difference."""
+    headings = ("task", "questions", "file", "right", "reference", "difference")
+    result = table(*headings, numbers=("questions", "right", "reference", "difference"))
+    for task in tasks:
+        for name, accuracy in zip(names, task.accuracies, strict=True):
+            numbers = (accuracy.accuracy_percent, task.reference_percent, accuracy.difference_percent)
+            result.add_row(Text(f"{task.name} ({task.kind})"), f"{task.n_items:,}", Text(name), *(with_error(number, 2, " %") for number in numbers))
+    return result
+
+
+def tasks_json(tasks: Sequence[TaskResult]) -> list[dict[str, object]]:
+    """Return task results as JSON-able values; `accuracies` are in the order of the files."""
+    return [asdict(task) for task in tasks]
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 ½ Σ_i r_i Σ_j h_j e_ij² estimates the KLD in nats per token that an error E of a weight makes, with r_i the row's mean
 squared gradient over the weight's mean, and h = diag(H_w), H_w = Σ_t w_t x_t x_tᵀ / n_tokens, w_t the mean squared
 gradient of token t (GuidedQuant, arXiv 2505.07004). Errors of plain encoders are nearly independent from column to
-column, so the diagonal does; after error feedback they are not, and the whole H_w is needed (`accumulators.GramSet`).
+column, so the diagonal does; after error feedback they are not, and the whole H_w is needed (`curvature.GramSet`).
 Knows no types and decides nothing. Sums are small, so one pass serves any number of plans.
 """
 
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, GramSet, refuse_non_finite, to_numpy
+from loopgguf.accumulators import EMBEDDING, refuse_non_finite, to_numpy
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import write_cached
+from loopgguf.curvature import GramSet
 
 FloatArray = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from loopgguf import ggml
-from loopgguf.container import Layout, TensorInfo, read_gguf
+from loopgguf.container import GgufFile, Layout, TensorInfo, read_gguf, read_shards
 from loopgguf.errors import InputError, LoopggufError, QualityError
-from loopgguf.formats import FORMATS, row_bytes
+from loopgguf.formats import FORMATS, INTEGER_TYPES, GgmlType, row_bytes
 from loopgguf.llama import Context, Model
 from loopgguf.pipeline import SAMPLED_ROWS, SampledError, TensorLog, relative_error
-from loopgguf.source import Tensor
-
-Progress = Callable[[str, int, int], None]
+from loopgguf.progress import Progress
+from loopgguf.source import Source, Tensor
 
 CHILD_MEMORY_BYTES = 2 << 30  # vocabulary, KV cache of a few hundred tokens and compute buffers fit; the weights are mapped
 _SLAB_BYTES = 1 << 20
@@ -157,6 +156,74 @@ def verify_file(
         pool.shutdown(cancel_futures=True)
         os.close(fd)
     return Verification(len(layout.tensors), sum(info.n_bytes for info in layout.tensors), n_sampled)
+
+
+# --- a file of any origin -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """What was found of a finished file: its shards, tensors and payload bytes, the relative error ‖w − ŵ‖² / ‖w‖² of each
+    tensor against the model it was made from (empty where none was given), and what it said."""
+
+    paths: tuple[Path, ...]
+    n_tensors: int
+    n_bytes: int
+    relative_errors: Mapping[str, tuple[GgmlType, float]]
+    sample_text: str
+
+
+def _compare(fd: int, info: TensorInfo, tensor: Tensor) -> float:
+    """Return the relative error of a whole tensor, slab by slab."""
+    if info.shape != tensor.shape:
+        raise QualityError(f"shape of {info.name}: got {info.shape}, expected {tensor.shape} as in the model. The file was made from another one")
+    step = max(1, _SLAB_BYTES // (4 * tensor.n_in))
+    energy = loss = 0.0
+    for start in range(0, tensor.n_rows, step):
+        stop = min(start + step, tensor.n_rows)
+        rows = ggml.decode_rows(tensor.type, tensor.read_rows(start, stop))
+        error = ggml.decode_rows(info.type, _read_rows(fd, info, start, stop)) - rows
+        energy += float(np.square(rows, dtype=np.float64).sum())
+        loss += float(np.square(error, dtype=np.float64).sum())
+    if loss > energy:
+        raise QualityError(
+            f"tensor {info.name}: error is {loss / energy if energy else np.inf:.3g} × the weights, worse than zeros. It is of another model or damaged"
+        )
+    return loss / energy if energy else 0.0
+
+
+def recheck(path: Path, source: Source | None = None, *, prompt: str, n_threads: int, progress: Progress | None = None) -> Recheck:
+    """Return what a finished GGUF (the first shard of a split one) is found to be: its structure, every value, and that it runs.
+
+    source: the model it was made from, against which every weight is then compared. Raises InputError for a file that does
+    not read, QualityError naming the tensor for values that are not finite, tensors that the model has not, or an error
+    above that of zeros, and when llama.cpp cannot run it.
+    """
+    files = read_shards(path)
+    infos = [(file, info) for file in files for info in file.tensors]
+    sources = {} if source is None else {tensor.name: tensor for tensor in source.tensors}
+    if source is not None and (odd := {info.name for _, info in infos} ^ sources.keys()):
+        raise QualityError(f"tensors of {path}: {min(odd)} is in only one of it and {source.path}, expected the same {len(sources)} in both")
+
+    def check(item: tuple[GgufFile, TensorInfo]) -> tuple[GgmlType, float] | None:
+        file, info = item
+        fd = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            if info.type not in INTEGER_TYPES:
+                _check_values(fd, info)
+            return (info.type, _compare(fd, info, sources[info.name])) if info.name in sources and info.type not in INTEGER_TYPES else None
+        finally:
+            os.close(fd)
+
+    errors = {}
+    with ThreadPoolExecutor(n_threads) as pool:
+        for n_done, ((_, info), error) in enumerate(zip(infos, pool.map(check, infos), strict=True), 1):
+            if error is not None:
+                errors[info.name] = error
+            if progress is not None:
+                progress("verify", n_done, len(infos))
+    text = speak(path, prompt, n_threads=n_threads)
+    return Recheck(tuple(file.path for file in files), len(infos), sum(info.n_bytes for _, info in infos), errors, text)
 
 
 # --- it speaks --------------------------------------------------------------------------------------------------------

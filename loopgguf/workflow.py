@@ -11,7 +11,9 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key
-from loopgguf.evaluation import Quality, measure_quality
+from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
+from loopgguf.errors import QualityError
+from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
 from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, resolve
@@ -21,17 +23,23 @@ from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage, refuse_existing_protection, save_protection
-from loopgguf.publish import Order, check_outputs, publish, total_bytes
+from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
+from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
 from loopgguf.super_weights import Found, Mask
+from loopgguf.tasks import TaskResult, load_task, measure_task
+from loopgguf.verify import Recheck, recheck, speak
 from loopgguf.version import __version__
 
 __all__ = [
+    "ComparisonResult",
     "EvaluationResult",
     "ImatrixRequest",
     "PlanResult",
     "QuantizeRequest",
     "Settings",
+    "check_again",
+    "compare",
     "compute_imatrix",
     "convert",
     "evaluate",
@@ -40,6 +48,7 @@ __all__ = [
     "quantize",
     "reference_gguf",
     "search_super_weights",
+    "write_report",
 ]
 
 
@@ -97,6 +106,13 @@ def convert(model: Path, output: Path | None = None, outtype: str = "bf16", *, d
     plan = plan_conversion(source.tensors, source.metadata, outtype)
     output = output or Path(f"{model_name(model)}-{outtype.upper()}.gguf")
     return publish(source, Order(plan), output, settings, notes, dry_run=dry_run)
+
+
+def check_again(path: Path, against: Path | None = None, settings: Settings | None = None) -> Recheck:
+    """Check a finished GGUF again: structure, every value, that llama.cpp runs it, and with `against` every weight beside the model's."""
+    settings = settings or Settings()
+    source = open_model(against, settings)[0] if against is not None else None
+    return recheck(path, source, prompt=SPEAKING_PROMPT, n_threads=settings.n_threads, progress=settings.progress)
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,20 @@ class EvaluationResult:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ComparisonResult:
+    """Files measured against one reference on one text, sorted by size; `baseline` is the name of the one they are compared with,
+    `reference_gguf` what was run for the reference."""
+
+    files: tuple[ComparedFile, ...]
+    reference: Path
+    reference_gguf: Path
+    baseline: str
+    chunks: Chunks
+    notes: tuple[str, ...]
+    tasks: tuple[TaskResult, ...] = ()  # accuracies in the order of `files`
+
+
 def evaluate(
     candidate: Path,
     reference: Path,
@@ -193,13 +223,74 @@ def evaluate(
     files: texts, default the held-out text that ships with the package. Both models are run by llama.cpp with the same
     settings, side by side; no logit file is written. Raises InputError for bad files, texts or different vocabularies.
     """
+    result = compare([candidate], reference, files, ctx_size=ctx_size, n_chunks=n_chunks, settings=settings)
+    return EvaluationResult(candidate, reference, result.files[0].quality, result.chunks, result.notes)
+
+
+def compare(
+    candidates: Sequence[Path],
+    reference: Path,
+    files: Sequence[str | Path] = (),
+    *,
+    baseline: str | None = None,
+    tasks: Sequence[Path] = (),
+    ctx_size: int = DEFAULT_CTX_SIZE,
+    n_chunks: int | None = None,
+    settings: Settings | None = None,
+) -> ComparisonResult:
+    """Measure GGUFs of one model against its full-precision reference on the same text, the reference being run once.
+
+    baseline: the path, file name or name without `.gguf` of the candidate that the others are compared with, default the
+    first. tasks: JSONL files of questions, see `tasks.py`. Everything else as in `evaluate`. Raises UsageError for a file given twice or an unknown baseline.
+    """
     settings = settings or Settings()
-    source = open_source(candidate)  # first: a bad file is refused before a reference is converted for it
+    names, at = short_names(candidates), find_baseline(baseline, candidates)
+    questions = [load_task(path) for path in tasks]
+    sources = [open_source(candidate) for candidate in candidates]  # first: a bad file is refused before a reference is converted for it
     reference_path, notes = reference_gguf(reference, settings)
-    chunks = cut_text(source, files, "heldout", ctx_size, n_chunks, settings)
-    calibrated_on = source.metadata.get("quantize.imatrix.dataset")
-    overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
-    if overlap:
-        notes.append(f"{', '.join(overlap)} is also the calibration text of this file: its figures flatter; evaluate on other text")
-    quality = measure_quality(candidate, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
-    return EvaluationResult(candidate, reference, quality, chunks, (*notes, *chunks.notes))
+    chunks = cut_text(open_source(reference_path), files, "heldout", ctx_size, n_chunks, settings)
+    for name, source in zip(names, sources, strict=True):
+        calibrated_on = source.metadata.get("quantize.imatrix.dataset")
+        overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
+        if overlap:
+            notes.append(f"{', '.join(overlap)} is also the calibration text of {name}: its figures flatter; evaluate on other text")
+    qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
+    measured = compare_measured(candidates, qualities, at)
+    paths = [file.path for file in measured]
+    results = [measure_task(task, paths, reference_path, n_threads=settings.n_threads, progress=settings.progress) for task in questions]
+    return ComparisonResult(measured, reference, reference_path, names[at], chunks, (*notes, *chunks.notes), tuple(results))
+
+
+REPORT_TOKENS = 64  # of a generation sample
+
+
+def write_report(result: ComparisonResult, name: Path, *, command: str = "", settings: Settings | None = None) -> tuple[Path, ...]:
+    """Write what was measured as NAME.json, NAME.md and NAME.html, and return their paths.
+
+    Each model continues one prompt first; one that cannot is a note in the report. command: what the report says it was
+    made by. Raises OutputError when a file exists (unless `settings.overwrite`) or cannot be written.
+    """
+    settings, notes = settings or Settings(), list(result.notes)
+    refuse_existing_report(name, overwrite=settings.overwrite)
+    paths = [result.reference_gguf, *(file.path for file in result.files)]
+    spoken: list[str | None] = []
+    for number, path in enumerate(paths, 1):
+        try:
+            spoken.append(speak(path, SPEAKING_PROMPT, REPORT_TOKENS, n_threads=settings.n_threads))
+        except QualityError as error:
+            spoken.append(None)
+            notes.append(f"no generation sample: {error}")
+        if settings.progress is not None:
+            settings.progress("generation samples", number, len(paths))
+    document = make_document(
+        result.files,
+        reference=result.reference_gguf,
+        reference_name=result.reference.name,
+        baseline=result.baseline,
+        texts=result.chunks.names,
+        notes=notes,
+        command=command,
+        tasks=result.tasks,
+        samples=Samples(SPEAKING_PROMPT, REPORT_TOKENS, spoken[0], tuple(spoken[1:])),
+    )
+    return write_document(document, name, overwrite=settings.overwrite)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import PartFile, plan_layout, uint32
+from loopgguf.llama import Model
 from loopgguf.source import open_source
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # of which the tests of the real model use some
@@ -88,3 +91,10 @@ def demo_gguf(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             part.write_at(info.offset, tensor.read_rows(0, tensor.n_rows).tobytes())
         part.publish()
     return target
+
+
+@pytest.fixture(scope="session")
+def chunks(demo_gguf: Path) -> np.ndarray:
+    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
+    with Model(demo_gguf, vocab_only=True) as model:
+        return load_chunks(model, [default_text("calibration")], 128, 4).tokens

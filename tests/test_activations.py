@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from loopgguf import ggml
-from loopgguf.accumulators import ColumnSums, GramSet, GramSums, HoldoutSplit, Spikes
+from loopgguf.accumulators import ColumnSums, HoldoutSplit, Spikes
 from loopgguf.activations import (
     GgmlTensor,
-    WeightEdit,
     collect_from_checkpoint,
     collect_from_gguf,
     collect_grams_from_checkpoint,
@@ -29,9 +28,11 @@ from loopgguf.activations import (
 from loopgguf.attention import AttentionMass
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import GgufFile, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.curvature import GramSet, GramSums
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
+from loopgguf.torch_model import WeightEdit
 
 THREADS = 1  # the engines' threads spin at barriers, which makes them slow beside other processes
 
@@ -66,13 +67,6 @@ class OutputMeans:
 
 def squares(X: np.ndarray) -> np.ndarray:
     return (X.astype(np.float64) ** 2).sum(axis=0)
-
-
-@pytest.fixture(scope="module")
-def chunks(demo_gguf: Path) -> np.ndarray:
-    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
-    with Model(demo_gguf, vocab_only=True) as model:
-        return load_chunks(model, [default_text("calibration")], 128, 4).tokens
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +276,11 @@ def test_a_weight_of_one_expert_set_to_zero(moe_gguf: Path):
     for edits in ([], [WeightEdit(name, row, column, 0.0, matrix, original)]):
         means = OutputMeans()
         collect_from_gguf(moe_gguf, tokens, [recorder, means], n_threads=THREADS, edits=edits)
-        outputs.append(means.means()[name])
+        outputs.append({expert: np.concatenate(slabs).sum(axis=0) for (weight, expert), slabs in means.slabs.items() if weight == name})
     X = recorder.slabs[name, matrix][0]
-    change = outputs[1] - outputs[0]
-    assert np.argwhere(np.abs(change) > 1e-9).tolist() == [[matrix, row]]
-    np.testing.assert_allclose(change[matrix, row], -original * X[:, column].mean(), rtol=1e-3)
+    change = {expert: outputs[1][expert] - before for expert, before in outputs[0].items()}
+    assert [(expert, int(i)) for expert, values in change.items() for i in np.flatnonzero(np.abs(values) > 1e-9)] == [(matrix, row)]
+    np.testing.assert_allclose(change[matrix][row], -original * X[:, column].sum(), rtol=1e-3)
 
 
 def test_unreached_experts_are_counted_zero(moe_gguf: Path):

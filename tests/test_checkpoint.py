@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopgguf.checkpoint import CURRENT, ENGINE, LOCK, OBJECTS, PREVIOUS, Job, State, Steps, cache_path, content_key
+from loopgguf import checkpoint
+from loopgguf.checkpoint import CURRENT, ENGINE, LOCK, OBJECTS, PREVIOUS, CacheKind, Job, State, Steps, cache_path, clear_cache, content_key, list_cache
 from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
 
 FINGERPRINT = {"source": "a" * 64, "n_ctx": 512, "texts": ["a.txt"]}
@@ -341,3 +342,17 @@ def test_content_keys_tell_parts_apart(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = cache_path("imatrix", "key", ".gguf")
     assert path.name == "key.gguf" and path.parent.is_dir()
+
+
+def test_the_cache_is_listed_and_cleared_by_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder that grows unseen, or a clearing that takes more than its kind."""
+    monkeypatch.setattr(checkpoint, "cache_folder", lambda: tmp_path)
+    assert list_cache() == []
+    for kind, size in (("imatrix", 3), ("reference", 5)):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "x").write_bytes(bytes(size))
+    assert list_cache() == [CacheKind("imatrix", 1, 3), CacheKind("reference", 1, 5)]
+    assert clear_cache("reference") == CacheKind("reference", 1, 5)
+    assert list_cache() == [CacheKind("imatrix", 1, 3)]
+    with pytest.raises(UsageError, match="got 'reference', expected one of imatrix"):
+        clear_cache("reference")

@@ -77,7 +77,7 @@ def test_help_is_instant_and_complete() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout.rstrip().endswith("[]")
-    for command in ("imatrix", "quantize", "convert", "evaluate", "inspect", "profiles"):
+    for command in ("imatrix", "quantize", "convert", "evaluate", "compare", "inspect", "profiles"):
         assert command in done.stdout
 
 
@@ -118,6 +118,61 @@ def test_the_whole_job(run: Run, demo_model: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and "IQ4_XS" in shown.out and "general.architecture" in shown.out
     shown = run("inspect", "demo.imatrix.gguf")
     assert shown.code == 0 and "attn_q" in shown.out and "CosSim" in shown.out
+
+
+def test_files_are_compared(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+    """A table without its baseline or its mark, a file given twice, and a baseline that is none of the files."""
+    for quant_type in ("Q2_K", "Q8_0"):
+        assert run("quantize", demo_gguf, "--quant-type", quant_type, "--no-imatrix", "-o", f"{quant_type}.gguf").code == 0
+    measuring = ("--reference", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64, "--chunks", 3)
+    shown = run("compare", "Q8_0.gguf", "Q2_K.gguf", *measuring, "--baseline", "Q2_K")
+    assert shown.code == 0
+    heading, columns, *lines = shown.out.splitlines()
+    assert "93 scored tokens, 3 chunks of 64, of short.txt" in heading and "mean KLD ÷ Q2_K.gguf's [95 %]" in columns
+    assert [line.split()[0] for line in lines] == ["Q2_K.gguf", "Q8_0.gguf"]
+    assert "baseline" in lines[0] and "[0.0" in lines[1] and all(line.rstrip().endswith("*") for line in lines)
+    found = json.loads(run("compare", "Q8_0.gguf", "Q2_K.gguf", *measuring, "--json").out)
+    assert (found["baseline"], [file["name"] for file in found["files"]]) == ("Q8_0.gguf", ["Q2_K.gguf", "Q8_0.gguf"])
+    assert found["files"][0]["to_baseline"]["mean_kld_ratio_interval"][0] > 1 and found["files"][1]["to_baseline"] is None
+    for arguments, word in ((("Q2_K.gguf", "Q2_K.gguf"), "Q2_K.gguf twice"), (("Q2_K.gguf", "--baseline", "Q3"), "--baseline: got Q3")):
+        refused = run("compare", *arguments, *measuring)
+        assert refused.code == 2 and word in refused.error
+
+
+def test_tasks_are_answered(run: Run, demo_gguf: Path, tmp_path: Path) -> None:
+    """A task whose numbers stand beside another file's name, or that the report and the JSON forget."""
+    task = tmp_path / "words.jsonl"
+    task.write_text('{"text": "Once upon a time"}\n{"text": "He went to the sea"}\n', encoding="utf-8")
+    assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
+    measuring = ("a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2, "--task", task)
+    shown = run("evaluate", *measuring, "--report", "r")
+    assert shown.code == 0 and shown.out.splitlines()[-1].startswith("words.jsonl (last word)          2  a.gguf")
+    for found in (json.loads(run("compare", *measuring, "--json").out), json.loads(Path("r.json").read_text(encoding="utf-8"))):
+        assert [(entry["name"], entry["n_items"], len(entry["accuracies"])) for entry in found["tasks"]] == [("words.jsonl", 2, 1)]
+    assert "words.jsonl (last word) | 2 | a.gguf |" in Path("r.md").read_text(encoding="utf-8")
+    task.write_text("not JSON", encoding="utf-8")
+    refused = run("evaluate", *measuring)
+    assert refused.code == 3 and "line 1 of" in refused.error
+
+
+def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+    """A report of another run, one that replaces a file or an input unasked, and an error only after the work."""
+    assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
+    arguments = ("evaluate", "a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2, "--report", "it's")
+    done = run(*arguments)
+    assert done.code == 0 and "wrote it's.json, it's.md, it's.html" in done.err
+    document = json.loads(Path("it's.json").read_text(encoding="utf-8"))
+    assert document["command"] == f"""loopgguf evaluate a.gguf --reference {demo_gguf} -c 64 --chunks 2 --report 'it'"'"'s'"""
+    assert [file["name"] for file in document["files"]] == ["a.gguf"]
+    failed = run(*arguments[:-1], "/dev/null/r")
+    assert failed.code == 4 and "Mean KLD" in failed.out, "what was measured is lost with the report"
+    Path("it's.json").unlink()
+    again = run(*arguments)
+    assert again.code == 4 and "it's.md already exists" in again.error and not Path("it's.json").exists()
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([{"text": "Words, and more words. " * 99}]), encoding="utf-8")
+    refused = run("compare", "a.gguf", "--reference", demo_gguf, "-f", text, "--report", tmp_path / "text", "--overwrite")
+    assert refused.code == 4 and "text.json is the input" in refused.error
 
 
 def test_quantize_makes_its_own_imatrix_once(run: Run, demo_gguf: Path, tmp_path: Path, demo_model: Path) -> None:

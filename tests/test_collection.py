@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import ColumnSums, GramSet, Spikes, split_holdout
+from loopgguf.accumulators import ColumnSums, Spikes, split_holdout
 from loopgguf.attention import AttentionMass
 from loopgguf.checkpoint import Job
 from loopgguf.collection import GramRequest, Pass, run_checkpoint, run_gguf, run_gguf_grams
+from loopgguf.curvature import GramSet
 from loopgguf.errors import InputError, Interrupted
 from loopgguf.grams import GramHeader, GramWriter, find_grams, load_grams
 

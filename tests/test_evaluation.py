@@ -15,7 +15,7 @@ from tiny_llama import N_VOCAB, tiny_tokens, write_tiny_llama
 
 from loopgguf import evaluation
 from loopgguf.errors import InputError, QualityError, UsageError
-from loopgguf.evaluation import Scores, compare_paired, measure_quality, score_positions, summarize
+from loopgguf.evaluation import Scores, compare_paired, measure_qualities, measure_quality, score_positions, summarize
 from loopgguf.llama import Context, Model
 
 N_CTX = 16
@@ -229,6 +229,22 @@ def test_ratio_error_agrees_with_a_bootstrap() -> None:
     assert evaluation._ratio(a, np.zeros(500)) is None
 
 
+def test_ratio_interval_covers_as_often_as_it_says() -> None:
+    """Catches chunks of a and b drawn apart (an interval several times too wide), tokens drawn for chunks, and 90 % for 95 %."""
+    generator = np.random.default_rng(1)
+    covered, widths = 0, []
+    for _ in range(200):
+        b = generator.gamma(4.0, 1.0, 60)
+        interval = evaluation._ratio_interval(0.8 * b * np.exp(0.05 * generator.normal(size=60)), b)
+        assert interval is not None
+        covered += interval[0] <= 0.8 * np.exp(0.05**2 / 2) <= interval[1]
+        widths.append(interval[1] - interval[0])
+    assert 0.89 <= covered / 200 <= 0.985
+    assert np.mean(widths) < 0.8 * 4 * 0.08 / np.sqrt(60)
+    assert evaluation._ratio_interval(np.ones(1), np.ones(1)) is None
+    assert evaluation._ratio_interval(np.ones(5), np.zeros(5)) is None
+
+
 def test_paired_comparison_refuses_what_is_not_paired() -> None:
     """Catches a comparison of numbers from different texts or references."""
     a = summarize(random_scores(4, 20), 4, 42, "one text")
@@ -277,6 +293,21 @@ def test_worse_file_is_worse_and_progress_is_told(models: dict[str, Path], token
     assert paired.mean_kld_ratio is not None
     assert paired.mean_kld_ratio.value < 0.5
     assert near.perplexity != near.reference_perplexity == far.reference_perplexity
+
+
+def test_several_candidates_share_one_run_of_the_reference(models: dict[str, Path], tokens: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a reference that is run once per candidate, and logits of one candidate scored as another's."""
+    runs: dict[str, int] = {}
+    original = evaluation._Runner.logits
+
+    def counted(runner: evaluation._Runner, chunk: NDArray[np.int32], number: int) -> NDArray[np.float32]:
+        runs[runner.path.stem] = runs.get(runner.path.stem, 0) + 1
+        return original(runner, chunk, number)
+
+    monkeypatch.setattr(evaluation._Runner, "logits", counted)
+    together = measure_qualities([models["far"], models["near"]], models["reference"], tokens, n_threads=1)
+    assert runs == {"reference": 12, "far": 12, "near": 12}
+    assert together == [measure_quality(models[name], models["reference"], tokens, n_threads=1) for name in ("far", "near")]
 
 
 # --- hostile inputs ---------------------------------------------------------------------------------------------------

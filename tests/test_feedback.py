@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import Curvature, FirstToken, Gram, GramSet
 from loopgguf.architectures import input_group
 from loopgguf.compensate import FAST, FULL
+from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet
 from loopgguf.errors import InputError
 from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, SINK, Compensate, Feedback, stored_feedback
 from loopgguf.formats import GgmlType

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopgguf.accumulators import Curvature, FirstToken, Gram, GramSet, GramSums
+from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet, GramSums
 from loopgguf.errors import InputError, OutputError
 from loopgguf.grams import (
     GramHeader,

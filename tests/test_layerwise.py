@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import (
-    Columns,
-    ColumnSums,
-    GramSet,
-    GramSums,
-    HoldoutSplit,
-    Spikes,
-    split_holdout,
-    summarize_layer,
-)
+from loopgguf.accumulators import Columns, ColumnSums, HoldoutSplit, Spikes, split_holdout
 from loopgguf.architectures import input_group, rope_source_rows, tensor_role
 from loopgguf.attention import AttentionMass
-from loopgguf.calibration import default_text, load_chunks
-from loopgguf.errors import InputError, OutputError, UsageError
-from loopgguf.layerwise import GradientPlan, WeightEdit, collect_from_checkpoint, collect_gradients, finished_layers, plan_gradient_pass
-from loopgguf.llama import Model
+from loopgguf.curvature import GramSet, GramSums, summarize_layer
+from loopgguf.hidden_states import finished_layers
+from loopgguf.layerwise import GradientPlan, collect_from_checkpoint, collect_gradients, plan_gradient_pass
 
 THREADS = 1
 
 
 def squares(X: np.ndarray) -> np.ndarray:
     return (X.astype(np.float64) ** 2).sum(axis=0)
-
-
-@pytest.fixture(scope="module")
-def chunks(demo_gguf: Path) -> np.ndarray:
-    """Four chunks of 128 tokens of the default text in the demo vocabulary."""
-    with Model(demo_gguf, vocab_only=True) as model:
-        return load_chunks(model, [default_text("calibration")], 128, 4).tokens
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------
@@ -121,78 +102,6 @@ def test_every_family_equals_its_whole_model(family: str, options: dict[str, obj
     tokens = np.random.default_rng(6).integers(0, 300, (2, 32)).astype(np.int32)
     columns, result = run_checkpoint(tmp_path, tokens, process_output=True)
     assert_equals_whole_model(tmp_path, tokens, columns, result.perplexity)
-
-
-def test_spilled_hidden_states_change_nothing(demo_model: Path, chunks: np.ndarray, torch_pass):
-    """Catches chunks that come back from the temporary file in another order."""
-    columns, result = run_checkpoint(demo_model, chunks, max_memory_bytes=0)
-    assert result == torch_pass[1]
-    assert all((c.sum_squares == torch_pass[0][name].sum_squares).all() for name, c in columns.items())
-
-
-@pytest.fixture
-def broken(demo_model: Path, tmp_path: Path) -> Path:
-    """A copy of the demo folder to damage."""
-    return Path(shutil.copytree(demo_model, tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-
-
-def test_tied_head_is_the_embedding(broken: Path, chunks: np.ndarray):
-    """Catches a tied model that is scored with a head it does not have, and `output.weight` collected for it."""
-    edit_config(broken, tie_word_embeddings=True)
-    columns, result = run_checkpoint(broken, chunks[:1], process_output=True)
-    assert "output.weight" not in columns
-    assert result.perplexity > 100
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"architectures": ["NewForCausalLM"]}, "NewForCausalLM"),
-        ({"model_type": "new", "auto_map": {"AutoConfig": "code.NewConfig"}}, "config.json"),
-        ({"model_type": "qwen2"}, "got 'qwen2', a Qwen2ForCausalLM"),
-        ({"num_hidden_layers": 7}, "model.layers.6.* is missing"),
-        ({"vocab_size": 64}, "token ids: got up to"),
-        ({"intermediate_size": 640}, r"weights of model.layers.0.\* in .* do not fit config.json"),
-        ({"hidden_size": "wide"}, "hidden_size in config.json"),
-        ({"attention_dropout": "much"}, "transformers cannot build"),
-    ],
-)
-def test_unfit_config_is_refused(broken: Path, chunks: np.ndarray, changes: dict[str, object], said: str):
-    """Catches code of the folder run, another class computed in silence, and tracebacks from inside transformers."""
-    edit_config(broken, **changes)
-    (broken / "code.py").write_text("raise SystemExit('code of the model was run')", encoding="utf-8")
-    with pytest.raises(InputError, match=said):
-        run_checkpoint(broken, chunks)
-
-
-def test_damaged_weights_are_refused(broken: Path, chunks: np.ndarray):
-    """Catches tracebacks of safetensors, a pickle that is opened, and an index that leads out of the folder."""
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(InputError, match=r"model\.safetensors"):
-        run_checkpoint(broken, chunks)
-    weights.rename(broken / "pytorch_model.bin")
-    with pytest.raises(InputError, match="only as pickle"):
-        run_checkpoint(broken, chunks)
-    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"got '../x\.safetensors'"):
-        run_checkpoint(broken, chunks)
-
-
-def test_nan_weights_name_the_weight_that_sees_them(broken: Path, chunks: np.ndarray):
-    """Catches an imatrix made of a damaged model."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"activations of blk\.2\.ffn_down\.weight"):
-        run_checkpoint(broken, chunks)
 
 
 # --- backward -----------------------------------------------------------------------------------------------------------
@@ -301,7 +210,7 @@ def test_gradients_equal_autograd(family: str, options: dict[str, object], mode:
     import torch
     import transformers
 
-    monkeypatch.setattr("loopgguf.layerwise._VOCAB_SLAB", 128)
+    monkeypatch.setattr("loopgguf.torch_model.VOCAB_SLAB", 128)
     torch.manual_seed(5)
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = getattr(transformers, f"{family}Config")(**sizes, **options, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.1)
@@ -384,31 +293,6 @@ def test_documents_do_not_see_each_other(demo_model: Path, chunks: np.ndarray):
     edge = documents.copy()
     edge[1, 40:] = 2
     assert collect_from_checkpoint(demo_model, tokens, [], n_threads=THREADS, documents=edge).n_tokens == 2 * 31 - 1
-
-
-def test_an_edit_changes_one_weight_in_the_ggufs_order(demo_model: Path, chunks: np.ndarray):
-    """Catches an edit of the checkpoint's row where the GGUF's was meant, or one that stays in memory for the next layer."""
-    row = 3
-    source = int(rope_source_rows(0, 256, 64)[row])
-    assert source != row
-
-    class Outputs:
-        def __init__(self) -> None:
-            self.seen: dict[str, list[np.ndarray]] = {}
-
-        def add(self, name: str, matrix: int | None, X: np.ndarray) -> None:
-            pass
-
-        def add_output(self, name: str, matrix: int | None, Y: np.ndarray) -> None:
-            self.seen.setdefault(name, []).append(Y.copy())
-
-    plain, edited = Outputs(), Outputs()
-    collect_from_checkpoint(demo_model, chunks[:1, :32], [plain], n_threads=THREADS)
-    edits = [WeightEdit("blk.0.attn_q.weight", row, 5, 50.0)]
-    collect_from_checkpoint(demo_model, chunks[:1, :32], [edited], n_threads=THREADS, edits=edits)
-    differs = np.abs(plain.seen["blk.0.attn_q.weight"][0] - edited.seen["blk.0.attn_q.weight"][0]).max(axis=0) > 1e-3
-    assert np.flatnonzero(differs).tolist() == [row]
-    assert np.abs(plain.seen["blk.0.attn_k.weight"][0] - edited.seen["blk.0.attn_k.weight"][0]).max() < 1e-6
 
 
 def test_attention_is_what_eager_transformers_computes(demo_model: Path, chunks: np.ndarray):
@@ -514,19 +398,6 @@ def test_a_gradient_job_goes_on_after_its_last_block(demo_model: Path, chunks: n
         assert set(got) == set(getattr(expected, what))
         for key, gram in getattr(expected, what).items():
             assert (got[key].total == gram.total).all(), (what, key)
-
-
-def test_no_room_for_hidden_states(demo_model: Path, chunks: np.ndarray, monkeypatch: pytest.MonkeyPatch):
-    """Catches a full disk found out after hours."""
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OutputError, match="cannot spill hidden states"):
-        run_checkpoint(demo_model, chunks, max_memory_bytes=0)
-
-
-def test_an_unknown_device(demo_model: Path, chunks: np.ndarray):
-    """Catches a traceback of torch, or a silent fall back to the CPU."""
-    with pytest.raises(UsageError, match="--device: got mps, expected cpu"):
-        run_checkpoint(demo_model, chunks, device="mps")
 
 
 def test_spikes_are_those_of_the_right_tensors(demo_model: Path, chunks: np.ndarray):

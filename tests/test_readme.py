@@ -21,7 +21,7 @@ def test_the_tree_names_every_module() -> None:
     assert named == {path.name for path in (ROOT / "loopgguf").glob("*.py")}
 
 
-@pytest.mark.parametrize("command", ["imatrix", "quantize", "plan", "convert", "evaluate", "inspect", "profiles"])
+@pytest.mark.parametrize("command", ["imatrix", "quantize", "plan", "convert", "evaluate", "compare", "inspect", "profiles"])
 def test_commands_have_the_options_that_are_named(command: str) -> None:
     """An option that was renamed, or never built."""
     assert USAGE is not None

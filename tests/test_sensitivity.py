@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loopgguf.accumulators import GramSums
+from loopgguf.curvature import GramSums
 from loopgguf.errors import InputError
 from loopgguf.sensitivity import SensitivitySums, from_grams, load_sensitivities, save_sensitivities
 

@@ -22,7 +22,7 @@ from loopgguf.grams import find_grams, load_grams
 from loopgguf.planner import TypeRules
 from loopgguf.report import inspect_file, inspection_json, sink_tables
 from loopgguf.source import open_source
-from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compute_imatrix, convert, evaluate, quantize
+from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, check_again, compute_imatrix, convert, evaluate, quantize
 
 WITHOUT = QuantizeRequest(quant_type="Q4_K_M", use_imatrix=False)
 
@@ -281,3 +281,24 @@ def test_the_device_reaches_every_pass_of_torch(demo_model: Path, monkeypatch: p
     ):
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
             run()
+
+
+def test_a_finished_file_is_checked_again(demo_model: Path, demo_gguf: Path) -> None:
+    """Damage after the file was published, a file of another model, and errors that are not those of the weights."""
+    path = quantize(demo_model, Path("a.gguf"), QuantizeRequest(quant_type="Q8_0", use_imatrix=False)).paths[0]
+    assert check_again(path).relative_errors == {}
+    found = check_again(path, demo_model)
+    assert all((error == 0) == (ggml_type is GgmlType.F32) for ggml_type, error in found.relative_errors.values())
+    assert max(error for _, error in found.relative_errors.values()) < 1e-4
+    assert max(error for _, error in check_again(demo_gguf, demo_model).relative_errors.values()) == 0
+    info = next(tensor for tensor in read_gguf(path).tensors if tensor.name == "blk.1.ffn_up.weight")
+    with path.open("r+b") as stream:
+        stream.seek(info.offset)
+        stream.write(b"\x00\x7c")  # the first block scale: infinity
+    with pytest.raises(QualityError, match=r"tensor blk\.1\.ffn_up\.weight: got a NaN, an infinity"):
+        check_again(path)
+    with path.open("r+b") as stream:
+        stream.seek(info.offset)
+        stream.write(b"\x00\x7b")  # finite and much too large
+    with pytest.raises(QualityError, match=r"tensor blk\.1\.ffn_up\.weight: error is .* worse than zeros"):
+        check_again(path, demo_model)

@@ -1,12 +1,12 @@
 """How much memory `loopgguf quantize` takes above a bare Python interpreter: the same for a model of any size (Linux).
 
-    python tools/bench_memory.py [--folder DIR] [--sizes 1GB,4GB] [--quant-type Q4_K_M] [--no-imatrix]
+    python tools/bench_memory.py [--model synthetic-1GB|demo|smollm2|smollm2-wide|PATH]… [--quant-type Q4_K_M] [--no-imatrix]
 
-Runs the command as a user would, with `--max-buffer-size 64`, from a checkpoint folder and from a BF16 GGUF, on two
-synthetic models with a vocabulary of 128,000 tokens. The figure is the peak of the process's resident memory (VmHWM:
+Runs the command as a user would, with `--max-buffer-size 64`, from a checkpoint folder and from a BF16 GGUF; by default
+on two synthetic models of 1 and 4 GB with a vocabulary of 128,000 tokens. The figure is the peak of the process's resident memory (VmHWM:
 file-backed pages of mapped inputs count; its children, the tokenizer proof and the load test, do not), less that of an
 interpreter that does nothing. The bars: at most 500 MB from a folder, 200 MB from a GGUF, and the same figure ± 10 %
-for every size.
+for every model of the default.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthetic_model import REPOSITORY, find_or_make
+import models
+from synthetic_model import REPOSITORY
 
-from loopgguf.formats import parse_size
+from loopgguf.errors import LoopggufError
 
 BARS_MB = {"folder": 500, "GGUF": 200}
 SAME_WITHIN = 0.10
@@ -70,24 +71,26 @@ class Figure:
     """The peak of one run above a bare interpreter."""
 
     kind: str  # of the input: a key of BARS_MB
-    size: str
+    model: str
     above_bare_bytes: int
     seconds: float
 
 
-def measure_model(folder: Path, size: str, options: argparse.Namespace, bare_bytes: int) -> list[Figure]:
-    """Return the figures of one synthetic model, from its folder and from its GGUF."""
-    model = find_or_make(folder, parse_size(size), options.vocab)
-    output = folder / f"bench-output-{os.getpid()}.gguf"
+def measure_model(name: str, options: argparse.Namespace, bare_bytes: int) -> list[Figure]:
+    """Return the figures of one model, from its folder and from its GGUF."""
+    model = models.resolve_forms(name, options)
+    output = options.folder / f"bench-output-{os.getpid()}.gguf"
     figures = []
     for kind, path in (("folder", model.checkpoint), ("GGUF", model.gguf)):
+        if path is None:
+            continue
         command = [sys.executable, "-m", "loopgguf.cli", "quantize", str(path), "-o", str(output), "--overwrite", "--quant-type", options.quant_type]
         command += ["--max-buffer-size", "64"]
         command += ["--no-imatrix"] if options.no_imatrix else ["--imatrix", str(model.imatrix)]
         peak, seconds = measure_peak(command)
         output.unlink()
-        figures.append(Figure(kind, size, peak - bare_bytes, seconds))
-        print(f"  {size} {kind}: {figures[-1].above_bare_bytes / 1e6:.0f} MB, {seconds:.0f} s", file=sys.stderr, flush=True)
+        figures.append(Figure(kind, name, peak - bare_bytes, seconds))
+        print(f"  {name} {kind}: {figures[-1].above_bare_bytes / 1e6:.0f} MB, {seconds:.0f} s", file=sys.stderr, flush=True)
     return figures
 
 
@@ -95,27 +98,33 @@ def print_table(figures: list[Figure], bare_bytes: int) -> bool:
     """Print the peaks beside their bars; return whether all are met."""
     met = True
     print(f"bare interpreter: {bare_bytes / 1e6:.1f} MB; peak of the parent process above it:\n")
-    print("| input  | size | MB above bare | bar MB | to the first size | bar   | seconds |")
-    print("|--------|------|--------------:|-------:|------------------:|-------|--------:|")
+    width = max(len(figure.model) for figure in figures)
+    print(f"| input  | {'model':<{width}} | MB above bare | bar MB | to the first | bar   | seconds |")
+    print(f"|--------|{'-' * (width + 2)}|--------------:|-------:|-------------:|-------|--------:|")
     for figure in sorted(figures, key=lambda f: list(BARS_MB).index(f.kind)):
         first = next(f for f in figures if f.kind == figure.kind)
         change = figure.above_bare_bytes / first.above_bare_bytes - 1
         megabytes, bar = figure.above_bare_bytes / 1e6, BARS_MB[figure.kind]
         met &= megabytes <= bar and abs(change) <= SAME_WITHIN
-        print(f"| {figure.kind:<6} | {figure.size:<4} | {megabytes:>13.1f} | {bar:>6} | {change:>+16.1%} | ±{SAME_WITHIN:.0%} | {figure.seconds:>7.0f} |")
+        print(
+            f"| {figure.kind:<6} | {figure.model:<{width}} | {megabytes:>13.1f} | {bar:>6} | {change:>+12.1%} | ±{SAME_WITHIN:.0%} | {figure.seconds:>7.0f} |"
+        )
     return met
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loopgguf-synthetic", help="where the synthetic models are kept")
-    parser.add_argument("--sizes", default="1GB,4GB", help="of the BF16 weights, with commas")
-    parser.add_argument("--vocab", type=int, default=128_000)
+    models.add_model_option(parser, "synthetic-1GB", "synthetic-4GB", names=(f"{models.SYNTHETIC}SIZE", *models.NAMES))
+    models.add_scratch_option(parser)
     parser.add_argument("--quant-type", default="Q4_K_M")
     parser.add_argument("--no-imatrix", action="store_true")
     options = parser.parse_args()
     bare_bytes = measure_bare()
-    figures = [figure for size in options.sizes.split(",") for figure in measure_model(options.folder, size, options, bare_bytes)]
+    try:
+        figures = [figure for name in models.model_names(options) for figure in measure_model(name, options, bare_bytes)]
+    except LoopggufError as error:
+        print(f"bench_memory: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     met = print_table(figures, bare_bytes)
     print("\nall bars met" if met else "\nNOT all bars met")
     sys.exit(0 if met else 1)

@@ -1,6 +1,9 @@
-"""How long a plan by size takes once errors are known: a synthetic 7B of 291 tensors and 20 types, at several sizes.
+"""How long a plan by size takes once errors are known, at several sizes.
 
-python tools/bench_planner.py [--tensors N] [--sizes N]
+    python tools/bench_planner.py [--model 7B|demo|smollm2|smollm2-wide|PATH]… [--tensors N] [--sizes N]
+
+`7B` stands for made-up errors of 20 types in 291 tensors of a Llama of 7B parameters (or as many as `--tensors` says).
+Of a real model errors are measured first, on sampled rows and without importance, which is not timed.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import models
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from loopgguf.allocation import Choice, solve
+from loopgguf.errors import LoopggufError
+from loopgguf.errortable import measure_errors
 from loopgguf.formats import FORMATS, QUANTIZED_TYPES, GgmlType, padded, tensor_bytes
+from loopgguf.opening import default_threads
+from loopgguf.planner import measured_types, read_facts, size_problem
+from loopgguf.source import open_source
 
+MADE_UP = "7B"
 PER_LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (11008, 4096), (11008, 4096), (4096, 11008))
 
 
@@ -33,20 +41,44 @@ def synthetic(n_tensors: int, seed: int) -> list[list[Choice]]:
     return items
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tensors", type=int, default=291)
-    parser.add_argument("--sizes", type=int, default=12, help="how many sizes between 1.8 and 8 bits per weight")
-    options = parser.parse_args()
-    items = synthetic(options.tensors, 0)
-    n_weights = sum(max(c.n_bytes for c in item) for item in items) / 2
-    print(f"{len(items)} tensors, {len(items[0])} types, {n_weights:,.0f} weights")
+def measured(path: Path) -> list[list[Choice]]:
+    """Return the choices of a model's own tensors, by errors measured on sampled rows."""
+    source = open_source(path)
+    problem = size_problem(source.tensors, source.metadata)
+    is_tied = all(tensor.name != "output.weight" for tensor in source.tensors)
+    n_layer = read_facts(source.metadata).n_layer
+    table = measure_errors(problem.requests, None, source_fingerprint=source.fingerprint, n_layer=n_layer, is_tied=is_tied, n_threads=default_threads())
+    return [
+        [Choice(padded(tensor_bytes(t, request.tensor.shape)), damage.estimated_error) for t, damage in measured_types(request, table)]
+        for request in problem.requests
+    ]
+
+
+def bench(name: str, items: list[list[Choice]], n_sizes: int) -> None:
+    """Print the seconds that each of several sizes takes."""
+    n_weights = sum(max(c.n_bytes for c in item) for item in items) / 2  # in BF16, the largest type
+    print(f"{name}: {len(items)} tensors, {max(map(len, items))} types, {n_weights:,.0f} weights")
     print("   bpw  seconds      gap   bytes left")
-    for bpw in np.geomspace(1.8, 8, options.sizes):
+    least = 8 * sum(min(c.n_bytes for c in item) for item in items) / n_weights
+    for bpw in np.geomspace(max(1.8, 1.01 * least), 8, n_sizes):
         budget = int(bpw * n_weights / 8)
         start = time.perf_counter()
         solution = solve(items, budget)
         print(f"{bpw:6.2f} {time.perf_counter() - start:8.2f} {solution.gap:8.1e} {budget - solution.n_bytes:12,}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    models.add_model_option(parser, MADE_UP, names=(MADE_UP, *models.NAMES))
+    parser.add_argument("--tensors", type=int, default=291, help=f"of {MADE_UP}")
+    parser.add_argument("--sizes", type=int, default=12, help="how many sizes, up to 8 bits per weight")
+    options = parser.parse_args()
+    try:
+        for name in models.model_names(options):
+            bench(name, synthetic(options.tensors, 0) if name == MADE_UP else measured(models.resolve_model(name)), options.sizes)
+    except LoopggufError as error:
+        print(f"bench_planner: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

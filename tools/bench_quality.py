@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -32,16 +31,17 @@ import models
 from rich.console import Console
 
 from loopgguf import report
+from loopgguf.comparison import file_size
 from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
-from loopgguf.evaluation import Measure, PairedComparison, Quality, compare_paired
+from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
 from loopgguf.opening import default_threads
-from loopgguf.workflow import EvaluationResult, ImatrixRequest, QuantizeRequest, Settings, evaluate, quantize, reference_gguf
+from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, quantize, reference_gguf
 
 DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
 SIZE = "size-of-"  # begins the name of a file that is planned for a preset's exact size
-COLUMNS = ("file", "bytes", "bpw", "mean KLD", "99 % KLD", "same top p", "PPL ratio")
+COLUMNS = ("file", "bytes", "bpw", *report.MEASURED_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ def split(names: str) -> list[str]:
 
 
 def as_candidate(name: str, path: Path) -> Candidate:
-    files = read_shards(path)
-    n_weights = sum(math.prod(tensor.shape) for file in files for tensor in file.tensors)
-    n_bits = sum(8 * tensor.n_bytes for file in files for tensor in file.tensors)
-    return Candidate(name, path, sum(file.size_bytes for file in files), n_bits / n_weights)
+    return Candidate(name, path, *file_size(path))
 
 
 def make_requests(options: argparse.Namespace) -> dict[str, QuantizeRequest]:
@@ -126,6 +123,15 @@ def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> l
     return list(candidates.values())
 
 
+def make_grams(model: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Return an imatrix with Gram matrices and gradients beside it, from one pass for all files that take them."""
+    start = time.perf_counter()
+    request = ImatrixRequest(tuple(options.calibration or ()), gram=True, gradient=True)
+    path = compute_imatrix(model, folder / f"{model.stem}.imatrix.gguf", request, Settings(n_threads=options.threads, overwrite=True)).path
+    note(f"  made {path.name} with Gram matrices: {time.perf_counter() - start:.0f} s")
+    return path
+
+
 def imatrix_text(candidates: Sequence[Candidate]) -> str:
     """Return what the files' imatrix was made from, as they say themselves."""
     for candidate in candidates:
@@ -135,11 +141,13 @@ def imatrix_text(candidates: Sequence[Candidate]) -> str:
     return "none"
 
 
-def measure(candidate: Candidate, reference: Path, text: Path, options: argparse.Namespace) -> EvaluationResult:
+def measure(candidates: Sequence[Candidate], reference: Path, text: Path, options: argparse.Namespace) -> list[Row]:
+    """Measure all files on one text; the reference is run once for all."""
     start = time.perf_counter()
-    result = evaluate(candidate.path, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
-    note(f"  {candidate.name} on {text.name}: mean KLD {result.quality.mean_kld_nats.value:.5f}, {time.perf_counter() - start:.0f} s")
-    return result
+    result = compare([c.path for c in candidates], reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
+    note(f"  {len(candidates)} files on {text.name}: {time.perf_counter() - start:.0f} s")
+    measured = {file.path: file.quality for file in result.files}
+    return [Row(candidate, measured[candidate.path]) for candidate in candidates]
 
 
 def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row, ...]:
@@ -158,12 +166,14 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     reference, notes = reference_gguf(options.reference or model, Settings(n_threads=options.threads))
     for line in notes:
         note(f"  {line}")
+    if options.compensate is not Compensate.OFF and options.imatrix is None:
+        options = argparse.Namespace(**{**vars(options), "imatrix": make_grams(model, folder, options)})
     candidates = make_candidates(model, folder, options)
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
         raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
     for text in models.resolve_texts(options):
-        rows = [Row(candidate, measure(candidate, reference, text, options).quality) for candidate in candidates]
+        rows = measure(candidates, reference, text, options)
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
         yield Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs))
 
@@ -171,25 +181,15 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def with_error(measure: Measure | None, n_digits: int, unit: str = "") -> str:
-    if measure is None:
-        return ""
-    error = "" if measure.standard_error is None else f" ± {measure.standard_error:.{n_digits}f}"
-    return f"{measure.value:.{n_digits}f}{error}{unit}"
-
-
 def cells(row: Row) -> list[str]:
     """Return the texts of a table's line."""
-    quality, candidate = row.quality, row.candidate
-    ratio = f"{with_error(row.comparison.mean_kld_ratio, 3)} × {row.baseline}" if row.comparison is not None else ""
+    candidate = row.candidate
+    ratio = f"{report.with_error(row.comparison.mean_kld_ratio, 3)} × {row.baseline}" if row.comparison is not None else ""
     return [
         candidate.name,
         f"{candidate.n_bytes:,}",
         f"{candidate.bpw:.3f}",
-        with_error(quality.mean_kld_nats, 5),
-        with_error(quality.kld_quantiles_nats[99.0], 3),
-        with_error(quality.same_top_percent, 2, " %"),
-        with_error(quality.perplexity_ratio, 4),
+        *report.measured_cells(row.quality),
         ratio,
     ]
 
@@ -271,7 +271,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    models.add_options(parser)
+    models.add_model_option(parser, "demo")
+    models.add_text_option(parser)
     parser.add_argument("--types", default=DEFAULT_TYPES, help=f"presets, with commas (default {DEFAULT_TYPES})")
     parser.add_argument("--profiles", default=DEFAULT_PROFILES, help=f"profiles or their YAML files, with commas (default {DEFAULT_PROFILES})")
     parser.add_argument("--at-size-of", default="", metavar="TYPES", help="presets, with commas, for whose sizes files are planned and compared with them")

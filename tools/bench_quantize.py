@@ -1,14 +1,14 @@
 """How fast loopgguf quantizes, beside llama.cpp's own `llama_model_quantize`: same types, threads, imatrix and machine.
 
-    python tools/bench_quantize.py [--folder DIR] [--size 1GB] [--types Q8_0,Q4_K_M,IQ2_XS] [--repeats N] [--threads 2]
+    python tools/bench_quantize.py [--model synthetic-1GB|demo|smollm2|smollm2-wide|PATH]… [--types Q8_0,Q4_K_M,IQ2_XS] [--repeats N] [--threads 2]
 
-Three ways make the same file: (a) loopgguf from a BF16 GGUF, (b) llama_model_quantize from that GGUF, (c) loopgguf from
-the checkpoint folder. Each run is a process of its own, started with the inputs in the page cache and no dirty pages;
-the order turns round with each repeat (a b c, c b a, …), and medians are compared. The bars: the encode + write of (a)
-is at most 1.05 × the whole call of (b), that of (c) at most 1.10 ×. Tensor data of the three is compared, so that a
-ratio is never between two different jobs. On a machine that does other work at the same time wall-clock ratios mean
-little; `CPU ratio`, of the processor time of all threads, then tells more. IQ2_XS takes minutes a run: by default it
-runs twice.
+The default model has random weights and 1 GB of them: on a small one, start-up is what is measured. Three ways make
+the same file: (a) loopgguf from a BF16 GGUF, (b) llama_model_quantize from that GGUF, (c) loopgguf from the checkpoint
+folder. Each run is a process of its own, started with the inputs in the page cache and no dirty pages; the order turns
+round with each repeat (a b c, c b a, …), and medians are compared. The bars: the encode + write of (a) is at most 1.05
+× the whole call of (b), that of (c) at most 1.10 ×. Tensor data of the three is compared, so that a ratio is never
+between two different jobs. On a machine that does other work at the same time wall-clock ratios mean little; `CPU
+ratio`, of the processor time of all threads, then tells more. IQ2_XS takes minutes a run: by default it runs twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +27,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from synthetic_model import REPOSITORY, find_or_make
+import models
+from synthetic_model import REPOSITORY
 
 from loopgguf.container import read_gguf
-from loopgguf.formats import parse_size
+from loopgguf.errors import LoopggufError
 
 DEFAULT_REPEATS = {"Q8_0": 7, "Q4_K_M": 5, "IQ2_XS": 2}
 LOOPGGUF_GGUF, LLAMA_CPP, LOOPGGUF_FOLDER = "loopgguf from GGUF", "llama_model_quantize", "loopgguf from folder"
@@ -191,10 +191,10 @@ def _middle(found: list[Seconds], phase: str) -> float | None:
     return median(seconds[phase] for seconds in found) if phase in found[0] else None
 
 
-def print_table(preset: str, found: dict[str, list[Seconds]]) -> bool:
+def print_table(model: str, preset: str, found: dict[str, list[Seconds]]) -> bool:
     """Print medians in seconds and the ratios to llama.cpp; return whether the bars are met."""
     reference = {phase: median(seconds[phase] for seconds in found[LLAMA_CPP]) for phase in ("encode and write", "processor")}
-    print(f"\n{preset}: seconds, medians of {len(found[LLAMA_CPP])} runs each\n")
+    print(f"\n{model}, {preset}: seconds, medians of {len(found[LLAMA_CPP])} runs each\n")
     print(f"| {'':<20} | {' | '.join(name.rjust(WIDTHS[name]) for name in COLUMNS)} |")
     print(f"|{'-' * 22}|{'|'.join('-' * (WIDTHS[name] + 1) + ':' for name in COLUMNS)}|")
     met = True
@@ -209,11 +209,21 @@ def print_table(preset: str, found: dict[str, list[Seconds]]) -> bool:
     return met
 
 
+def bench_model(name: str, options: argparse.Namespace) -> bool:
+    """Print the tables of one model; return whether the bars are met."""
+    model, met = models.resolve_forms(name, options), True
+    output = str(options.folder / f"bench-output-{os.getpid()}.gguf")
+    ways = [(LOOPGGUF_GGUF, model.gguf), (LLAMA_CPP, model.gguf), *([(LOOPGGUF_FOLDER, model.checkpoint)] if model.checkpoint else [])]
+    for preset in options.types.split(","):
+        runs = [Run(way, str(path), output, str(model.imatrix), preset, options.threads) for way, path in ways]
+        met &= print_table(name, preset, measure(runs, options.repeats or DEFAULT_REPEATS.get(preset, 3)))
+    return met
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "loopgguf-synthetic", help="where the synthetic model is kept")
-    parser.add_argument("--size", default="1GB", help="of the BF16 weights (default 1GB)")
-    parser.add_argument("--vocab", type=int, default=128_000)
+    models.add_model_option(parser, "synthetic-1GB", names=(f"{models.SYNTHETIC}SIZE", *models.NAMES))
+    models.add_scratch_option(parser)
     parser.add_argument("--types", default=",".join(DEFAULT_REPEATS), help="preset names, with commas")
     parser.add_argument("--repeats", type=int, help=f"of each way and type (default {DEFAULT_REPEATS}, others 3)")
     parser.add_argument("--threads", type=int, default=2)
@@ -223,12 +233,11 @@ def main() -> None:
         run = Run(**json.loads(options.run))
         print(json.dumps(run_llama_cpp(run) if run.way == LLAMA_CPP else run_loopgguf(run)))
         return
-    model = find_or_make(options.folder, parse_size(options.size), options.vocab)
-    output, met = str(options.folder / f"bench-output-{os.getpid()}.gguf"), True
-    for preset in options.types.split(","):
-        ways = ((LOOPGGUF_GGUF, model.gguf), (LLAMA_CPP, model.gguf), (LOOPGGUF_FOLDER, model.checkpoint))
-        runs = [Run(way, str(path), output, str(model.imatrix), preset, options.threads) for way, path in ways]
-        met &= print_table(preset, measure(runs, options.repeats or DEFAULT_REPEATS.get(preset, 3)))
+    try:
+        met = min([bench_model(name, options) for name in models.model_names(options)])  # all of them, also after one that fails
+    except LoopggufError as error:
+        print(f"bench_quantize: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(f"\nload of the machine over the last 15 minutes: {os.getloadavg()[2]:.1f} (this benchmark alone: about {options.threads})")
     print("all bars met" if met else "NOT all bars met")
     sys.exit(0 if met else 1)

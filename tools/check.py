@@ -37,7 +37,7 @@ def check_wheel() -> None:
         command = (PYTHON, "-m", "loopgguf.cli")
         run(*command, "imatrix", DEMO_MODEL, "-o", "demo.imatrix.gguf", **options)
         run(*command, "quantize", DEMO_MODEL, "-o", "demo.gguf", "--imatrix", "demo.imatrix.gguf", **options)
-        run(*command, "evaluate", "demo.gguf", "--reference", DEMO_MODEL, **options)
+        run(*command, "evaluate", "demo.gguf", "--reference", DEMO_MODEL, "--report", "demo", **options)
 
 
 def main() -> None:
