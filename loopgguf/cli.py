@@ -426,6 +426,9 @@ def imatrix(
 @app.command("super-weights")
 def super_weights(
     model: ModelArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Write them as JSON, and the mask's indices beside it as .safetensors.")
+    ] = None,
     imatrix_file: ImatrixOption = None,
     no_imatrix: Annotated[bool, typer.Option("--no-imatrix", help="Leave out the mask, which needs an importance matrix.")] = False,
     super_weight_coverage: CoverageOption = None,
@@ -434,7 +437,9 @@ def super_weights(
     samples: SamplesOption = 512,
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
+    device: DeviceOption = Device.CPU,
     threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -449,10 +454,11 @@ def super_weights(
         result = search_super_weights(
             model,
             ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
+            output,
             imatrix=imatrix_file,
             use_imatrix=not no_imatrix,
             coverage=_coverage(super_weight_coverage, "an imatrix", wanted=not no_imatrix),
-            settings=_settings(stack, threads, pre_tokenizer=pre_tokenizer),
+            settings=_settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device),
         )
     _print_notes(result.notes)
     if as_json:
@@ -462,6 +468,8 @@ def super_weights(
     if result.mask is not None:
         _console().print()
         _console().print(report.mask_table(result.mask))
+    if result.paths:
+        _console().print(f"wrote {', '.join(map(str, result.paths))}", markup=False)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from scipy import linalg
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
 from loopgguf.grids import Grid, find_grid
-from loopgguf.super_weights import Pins, encode_pinned_rows, pins_between
+from loopgguf.super_weights import Pins, encode_pinned_rows, encode_rows, pins_between, restore_missed_rows
 
 if TYPE_CHECKING:
     from loopgguf.rounding import Rounding
@@ -149,9 +149,8 @@ def compensate(
 
     W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
     encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. max_sweeps: as in `Effort`. pins: weights that keep
-    their value. Raises numpy.linalg.LinAlgError when a matrix is not
-    positive definite.
+    leaves the rows to themselves. max_sweeps: as in `Effort`. pins: weights that the encoder keeps (single codes may move
+    later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
     """
     n_out, n_in = W.shape
     columns, encode = Columns(H, FORMATS[ggml_type].block, find_grid(ggml_type), max_sweeps), ggml_encoder(ggml_type, importance, pins, W)
@@ -242,13 +241,12 @@ def encode_guarded(
     """Return W with feedback along the rows and from row to row; where the held-out matrices say that this is no better
     than the plain encoding, along the rows alone; and where that is no better either, the plain encoding.
 
-    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. pins: weights that keep their value. Where feedback
-    cannot be computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and
-    `way` says so.
+    W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. pins: weights to
+    keep; a row whose super weight feedback loses takes the plain encoder's bytes. Where feedback cannot be computed (a
+    matrix that is not positive definite, weights that run away) the plain encoding stays, and `way` says so.
     """
-    plain = Encoding(ggml.encode_rows(ggml_type, W, importance), None, PLAIN, 1.0)
-    if pins and importance is not None:
-        encode_pinned_rows(ggml_type, W, importance, pins, plain.packed)
+    pins = pins or {}
+    plain = Encoding(encode_rows(ggml_type, W, importance, pins), None, PLAIN, 1.0)
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
@@ -260,6 +258,8 @@ def encode_guarded(
         H = damped(objective, damping)
         for way, H_O in {**ways, "columns": None}.items():
             packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, max_sweeps=effort.max_sweeps, pins=pins)
+            if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
+                decoded = ggml.decode_rows(ggml_type, packed)
             ratio = curvature.estimate(decoded - W) / plain_error
             if ratio < 1:
                 return Encoding(packed, damping, way, ratio)

@@ -27,6 +27,7 @@ from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, o
 from loopgguf.protection import (
     DEFAULT_COVERAGE,
     find_super_weights,
+    protection_paths,
     refuse_bad_coverage,
     refuse_existing_protection,
     save_protection,
@@ -209,7 +210,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     refuse_existing(output, overwrite=settings.overwrite)
     if request.super_weights:
         refuse_bad_coverage(request.super_weight_coverage)
-        refuse_existing_protection(output, overwrite=settings.overwrite)
+        refuse_existing_protection(protection_paths(output)[0], overwrite=settings.overwrite)
     parts = [load_imatrix(path) for path in request.in_files]
     source, notes = open_model(model, settings)
     if request.gradient and not source.is_checkpoint:
@@ -228,7 +229,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         if extremes is not None:
             found = find_super_weights(source, chunks, settings, extremes)
             mask = select_mask(source, checked.statistics, request.super_weight_coverage, settings)
-            save_protection(found, mask, output, overwrite=settings.overwrite)
+            save_protection(found, mask, protection_paths(output)[0], overwrite=settings.overwrite)
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
     task = _Task(source, request, chunks, settings, output)

@@ -28,7 +28,7 @@ from loopgguf.planner import Plan, PlanRow
 from loopgguf.progress import Progress
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
-from loopgguf.super_weights import MaskLog, Pins, SuperWeight, add_masks, encode_pinned_rows, measure_mask, pins_between
+from loopgguf.super_weights import MaskLog, Pins, SuperWeight, add_masks, encode_rows, measure_mask, pins_between
 
 SLAB_WEIGHTS = 1 << 20  # enough work to hide Python's overhead, small enough that a slab stays in the caches
 SAMPLED_ROWS = 8  # of each encoded tensor, decoded again at once and after the file is reopened
@@ -98,8 +98,8 @@ class WriteResult:
 @dataclass(frozen=True)
 class Job:
     """One tensor's way: where its rows come from, what the plan makes of them, and where they go; `curvature` gives
-    what error feedback needs of a matrix of it by number (None: plain bytes), and is asked when its turn comes; `pins` are weights to keep, by
-    the tensor's row."""
+    what error feedback needs of a matrix of it by number (None: plain bytes), and is asked when its turn comes; `pins`
+    are weights to keep, by the tensor's row."""
 
     tensor: Tensor
     row: PlanRow
@@ -172,10 +172,7 @@ def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, Feedbac
     matrix = slab.start // (job.tensor.n_rows // job.tensor.n_matrices)
     curvature = None if job.curvature is None else job.curvature(matrix)
     if curvature is None:
-        packed = ggml.encode_rows(target, rows, slab.importance)
-        if slab.importance is not None:
-            encode_pinned_rows(target, rows, slab.importance, slab.pins, packed)
-        return packed, None
+        return encode_rows(target, rows, slab.importance, slab.pins), None
     encoding = encode_guarded(rows, target, slab.importance, curvature, job.effort, slab.pins)
     return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
 

@@ -30,6 +30,7 @@ from loopgguf.documents import load_json, parse_object
 from loopgguf.errors import InputError, UsageError
 from loopgguf.errortable import candidate_types
 from loopgguf.formats import FORMATS, QUANTIZED_TYPES, GgmlType, padded
+from loopgguf.grams import imatrix_stem
 from loopgguf.loss import PassResult
 from loopgguf.opening import Settings
 from loopgguf.planner import Plan, PlanRow, with_type
@@ -112,13 +113,11 @@ def find_super_weights(source: Source, chunks: Chunks, settings: Settings, extre
     documents = None if chunks.documents is None else chunks.documents[:PROBE_CHUNKS]
 
     def run(edits: Sequence[WeightEdit]) -> tuple[Mapping[Key, Extremes], PassResult]:
-        spikes = Spikes()
+        spikes, how = Spikes(), {"n_threads": settings.n_threads, "documents": documents, "edits": edits, "progress": settings.progress}
         if source.is_checkpoint:
-            result = collect_from_checkpoint(
-                source.path, tokens, [spikes], n_threads=settings.n_threads, documents=documents, edits=edits, progress=settings.progress
-            )
+            result = collect_from_checkpoint(source.path, tokens, [spikes], device=settings.device, **how)  # type: ignore[arg-type]
         else:
-            result = collect_from_gguf(source.path, tokens, [spikes], n_threads=settings.n_threads, edits=edits, progress=settings.progress)
+            result = collect_from_gguf(source.path, tokens, [spikes], wants=Spikes.is_watched, **how)  # type: ignore[arg-type]
         return spikes.extremes(), result
 
     def describe(passed: PassResult | None, weights: Sequence[SuperWeight], *, is_complete: bool) -> Found:
@@ -178,14 +177,22 @@ def select_mask(source: Source, statistics: Statistics, coverage: float, setting
 
 def protection_paths(imatrix: Path) -> tuple[Path, Path]:
     """Return where super weights and mask lie beside an imatrix."""
-    stem = imatrix.name.removesuffix(".gguf").removesuffix(".dat")
-    return imatrix.with_name(f"{stem}.super-weights.json"), imatrix.with_name(f"{stem}.super-weights.safetensors")
+    path = imatrix.with_name(f"{imatrix_stem(imatrix)}.super-weights.json")
+    return path, mask_path(path)
 
 
-def refuse_existing_protection(imatrix: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where one of the two files is there and may not be overwritten."""
-    for path in protection_paths(imatrix):
-        refuse_existing(path, overwrite=overwrite)
+def mask_path(path: Path) -> Path:
+    """Return where the mask lies beside the super weights at `path`."""
+    return path.with_suffix(".safetensors")
+
+
+def refuse_existing_protection(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where super weights at `path`, or the mask beside them, are there and may not be overwritten, UsageError for
+    a name that is not .json."""
+    if path.suffix != ".json":
+        raise UsageError(f"-o {path}: got {path.suffix or 'no ending'}, expected .json; the mask goes beside it as .safetensors")
+    for target in (path, mask_path(path)):
+        refuse_existing(target, overwrite=overwrite)
 
 
 def _write(path: Path, data: bytes, *, overwrite: bool) -> None:
@@ -195,14 +202,15 @@ def _write(path: Path, data: bytes, *, overwrite: bool) -> None:
         part.publish()
 
 
-def save_protection(found: Found, mask: Mask, imatrix: Path, *, overwrite: bool = False) -> tuple[Path, Path]:
-    """Write super weights and mask beside an imatrix and return where. Raises OutputError."""
-    paths = protection_paths(imatrix)
-    _write(paths[0], (json.dumps({FORMAT_KEY: FORMAT, **found.to_json()}, indent=1) + "\n").encode(), overwrite=overwrite)
+def save_protection(found: Found, mask: Mask | None, path: Path, *, overwrite: bool = False) -> tuple[Path, ...]:
+    """Write super weights to `path` and the mask, where there is one, beside them, and return where. Raises OutputError."""
+    _write(path, (json.dumps({FORMAT_KEY: FORMAT, **found.to_json()}, indent=1) + "\n").encode(), overwrite=overwrite)
+    if mask is None:
+        return (path,)
     stream = io.BytesIO()
     write_safetensors(stream.write, mask.indices, {FORMAT_KEY: FORMAT, COVERAGE_KEY: repr(mask.coverage)})
-    _write(paths[1], stream.getvalue(), overwrite=overwrite)
-    return paths
+    _write(mask_path(path), stream.getvalue(), overwrite=overwrite)
+    return path, mask_path(path)
 
 
 def _refuse(path: Path, what: str, got: object, expected: str) -> InputError:

@@ -249,6 +249,31 @@ def encode_pinned_rows(
         packed[number] = _encode_row(ggml_type, row, importance, here)[0]
 
 
+def encode_rows(ggml_type: GgmlType, rows: FloatArray, importance: FloatArray | None, pins: Pins) -> ggml.ByteArray:
+    """Return rows (n, n_in) packed, (n, row bytes): the pinned ones so that what is pinned keeps its value, the others as ever.
+
+    importance: (n_in,) float32 > 0; without one nothing is kept.
+    """
+    packed = ggml.encode_rows(ggml_type, rows, importance)
+    if importance is not None:
+        encode_pinned_rows(ggml_type, rows, importance, pins, packed)
+    return packed
+
+
+def restore_missed_rows(ggml_type: GgmlType, rows: FloatArray, pins: Pins, packed: ggml.ByteArray, plain: ggml.ByteArray) -> int:
+    """Take the bytes of `plain` (n, row bytes) where a row's super weight misses by more than `TOLERANCE` in `packed` and by less
+    in `plain`; return in how many rows."""
+    n_restored = 0
+    for number, pin in pins.items():
+        columns, here = list(pin.super_columns), slice(number, number + 1)
+        if columns:
+            worst, plain_worst = (float(misses(rows[number, columns], ggml.decode_rows(ggml_type, p[here])[0, columns]).max()) for p in (packed, plain))
+            if worst > TOLERANCE and plain_worst < worst:
+                packed[here] = plain[here]
+                n_restored += 1
+    return n_restored
+
+
 def _misses_of(ggml_type: GgmlType, row: FloatArray, importance: FloatArray | None, pin: Pin, columns: Sequence[int]) -> FloatArray:
     decoded = ggml.decode_rows(ggml_type, _encode_row(ggml_type, row, importance, pin))[0]
     return misses(row[list(columns)], decoded[list(columns)])

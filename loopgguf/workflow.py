@@ -22,7 +22,7 @@ from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
-from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage
+from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage, refuse_existing_protection, save_protection
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
@@ -117,16 +117,18 @@ def check_again(path: Path, against: Path | None = None, settings: Settings | No
 
 @dataclass(frozen=True)
 class SuperWeightsResult:
-    """A model's super weights, and the mask where there is an imatrix."""
+    """A model's super weights, the mask where there is an imatrix, and the files they were written to."""
 
     found: Found
     mask: Mask | None
+    paths: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 def search_super_weights(
     model: Path,
     calibration: ImatrixRequest | None = None,
+    output: Path | None = None,
     *,
     imatrix: Path | None = None,
     use_imatrix: bool = True,
@@ -135,20 +137,25 @@ def search_super_weights(
 ) -> SuperWeightsResult:
     """Return a model's super weights: those beside `imatrix`, those found before, or those found now on the calibration text.
 
-    The mask needs an imatrix, given or made as `quantize` makes it; without one there is none. Raises as `compute_imatrix`.
+    The mask needs an imatrix, given or made as `quantize` makes it; without one there is none. output: a .json file for the
+    super weights, the mask beside it as .safetensors; None: nothing is written. Raises as `compute_imatrix`.
     """
     calibration, settings = calibration or ImatrixRequest(), settings or Settings()
     refuse_bad_coverage(coverage)
+    if output is not None:
+        refuse_existing_protection(output, overwrite=settings.overwrite)
     source, notes = open_model(model, settings)
     found, origin = known_super_weights(source, imatrix, lambda: calibration_chunks(source, calibration, settings), settings)
     assert found is not None
     notes.append(f"super weights: {origin}")
-    if not use_imatrix:
-        return SuperWeightsResult(found, None, tuple(notes))
-    importance = given_importance(source, imatrix) if imatrix is not None else made_importance(source, calibration, settings)
-    assert importance.statistics is not None
-    mask = known_mask(source, importance.statistics, imatrix, coverage, settings)
-    return SuperWeightsResult(found, mask, (*notes, *importance.notes))
+    mask = None
+    if use_imatrix:
+        importance = given_importance(source, imatrix) if imatrix is not None else made_importance(source, calibration, settings)
+        assert importance.statistics is not None
+        mask = known_mask(source, importance.statistics, imatrix, coverage, settings)
+        notes += importance.notes
+    paths = save_protection(found, mask, output, overwrite=settings.overwrite) if output is not None else ()
+    return SuperWeightsResult(found, mask, paths, tuple(notes))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

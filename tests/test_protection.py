@@ -25,6 +25,7 @@ from loopgguf.protection import (
     plan_protection,
     protection_paths,
     refuse_bad_coverage,
+    refuse_existing_protection,
     save_protection,
     select_mask,
 )
@@ -115,7 +116,7 @@ def _saved(tmp_path: Path) -> tuple[Source, Found, Mask, Path]:
     source, statistics = _model()
     found = _found(source, (DOWN, None, 3, 7), ("blk.1.ffn_down_exps.weight", 2, 5, 255))
     mask = select_mask(source, statistics, 0.001, Settings())
-    save_protection(found, mask, tmp_path / "a.imatrix.gguf")
+    save_protection(found, mask, protection_paths(tmp_path / "a.imatrix.gguf")[0])
     return source, found, mask, tmp_path / "a.imatrix.gguf"
 
 
@@ -128,8 +129,10 @@ def test_files_come_back(tmp_path: Path) -> None:
     loaded = load_mask(paths[1], source)
     assert loaded.coverage == mask.coverage and {n: p.tolist() for n, p in loaded.indices.items()} == {n: p.tolist() for n, p in mask.indices.items()}
     with pytest.raises(OutputError, match="super-weights"):
-        save_protection(found, mask, imatrix)
-    save_protection(found, mask, imatrix, overwrite=True)
+        save_protection(found, mask, paths[0])
+    assert save_protection(found, None, paths[0], overwrite=True) == paths[:1]
+    with pytest.raises(UsageError, match=r"\.json"):
+        refuse_existing_protection(paths[1], overwrite=True)
 
 
 @pytest.mark.parametrize(
