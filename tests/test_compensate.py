@@ -11,7 +11,7 @@ from loopgguf import compensate as compensate_module
 from loopgguf import ggml
 from loopgguf.compensate import ROW_BLOCK, Columns, Damping, LossCurvature, compensate, damped, feedback_factor, weighted_error
 from loopgguf.formats import GgmlType
-from loopgguf.super_weights import Pin
+from loopgguf.super_weights import Pin, encode_rows, restore_missed_rows
 
 CHEAP_TYPES = [GgmlType.Q4_0, GgmlType.Q5_1, GgmlType.IQ4_NL, GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q6_K, GgmlType.IQ4_XS]
 
@@ -164,6 +164,20 @@ def test_a_pinned_weight_keeps_its_value_and_its_error_is_fed_back(has_rows: boo
     assert np.array_equal(packed[:row], plain[:row]) and np.array_equal(decoded[row, :256], without[row, :256])
     guarded = compensate_module.encode_guarded(W, GgmlType.Q4_K, importance, LossCurvature(H=H, held_out=H, H_O=H_O), pins={row: Pin((column,))})
     assert guarded.way != "plain" and abs(ggml.decode_rows(GgmlType.Q4_K, guarded.packed)[row, column] / W[row, column] - 1) <= 0.01
+
+
+def test_a_row_that_lost_its_super_weight_takes_the_plain_bytes() -> None:
+    """Single codes that move after the encoder has kept the weight; rows that lose their feedback without need."""
+    W = np.random.default_rng(17).normal(size=(ROW_BLOCK, 512)).astype(np.float32)
+    importance, pins = np.ones(512, np.float32), {row: Pin((300,)) for row in range(0, ROW_BLOCK, 2)}
+    plain, moved = encode_rows(GgmlType.Q4_K, W, importance, pins), W.copy()
+    moved[::4, 300] *= 1.5
+    packed = encode_rows(GgmlType.Q4_K, moved, importance, pins)
+    before = packed.copy()
+    assert restore_missed_rows(GgmlType.Q4_K, W, pins, packed, plain) == ROW_BLOCK // 4
+    assert np.array_equal(packed[::4], plain[::4]) and not np.array_equal(before[::4], plain[::4])
+    others = np.arange(ROW_BLOCK) % 4 != 0
+    assert np.array_equal(packed[others], before[others])
 
 
 @settings(max_examples=30, deadline=None)

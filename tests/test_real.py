@@ -17,6 +17,7 @@ from upstream import differing, llama_quantize
 from loopgguf.calibration import load_chunks
 from loopgguf.chat import find_template
 from loopgguf.container import read_gguf
+from loopgguf.errors import UsageError
 from loopgguf.formats import GgmlType
 from loopgguf.llama import Model
 from loopgguf.planner import TypeRules, plan_preset, plan_profile, summarize_fallbacks
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.real
 SETTINGS = Settings(n_threads=2)
 QUICK = {"Q8_0", "Q4_0", "IQ4_NL", "Q4_K_M", "Q3_K_M"}
 UNSUPPORTED = {"NVFP4"}  # llama-quantize lists it but has no default type for it
+NO_FALLBACK = {"Q1_0"}  # its blocks of 128 do not fit rows of 576, and upstream has no type to fall back to: it throws
 FLOATS = {"F32", "F16", "BF16"}
 
 
@@ -164,10 +166,17 @@ def test_nothing_is_sanitised_on_narrow_rows(smollm2_imatrix: Path) -> None:
     assert sum(sanitize_importance(statistics.importance(name))[1] for name in statistics.columns) == 0
 
 
-@pytest.mark.parametrize("preset", _cases([name for name in PRESETS if name not in UNSUPPORTED], QUICK))
+@pytest.mark.parametrize("preset", _cases([name for name in PRESETS if name not in UNSUPPORTED | NO_FALLBACK], QUICK))
 def test_preset_on_narrow_rows(preset: str, smollm2_gguf: Path, smollm2_imatrix: Path, tmp_path: Path) -> None:
     """Types chosen before the fallback deciding differently from upstream's, which no model with whole blocks shows."""
     _compare(smollm2_gguf, tmp_path, preset, smollm2_imatrix)
+
+
+def test_a_preset_without_a_fallback_is_refused(smollm2: Path) -> None:
+    """A file whose rows do not hold whole blocks, or a traceback where upstream throws."""
+    source = open_source(smollm2)
+    with pytest.raises(UsageError, match="type Q1_0 has blocks of 128 weights and no fallback: got rows of 576"):
+        plan_preset(source.tensors, source.metadata, "Q1_0", TypeRules(), None)
 
 
 @pytest.mark.parametrize("preset", _cases(["Q2_K", "IQ2_M", "IQ3_XXS"], {"Q2_K"}))

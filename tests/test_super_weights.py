@@ -24,7 +24,6 @@ from loopgguf.super_weights import (
     measure_mask,
     misses,
     pins_between,
-    restore_missed_rows,
 )
 
 T = GgmlType
@@ -158,20 +157,6 @@ def test_the_mask_is_kept_within_its_cost() -> None:
     scale = np.sqrt(np.square(rows[place]).mean())
     assert log.relative_errors == pytest.approx([np.sqrt(np.square(e).mean()) / scale for e in errors])
     assert log.error <= log.error_plain
-
-
-def test_rows_that_lost_a_super_weight_take_the_plain_bytes() -> None:
-    """A row whose code moved away later stays lost; rows that kept theirs, or hold only the mask's, lose their feedback."""
-    W = np.random.default_rng(5).uniform(-1, 1, size=(8, 256)).astype(np.float32)
-    W[3, 7] = W[5, 9] = W[6, 1] = 4.0  # the largest of its block, which Q8_0 keeps
-    moved = W.copy()
-    moved[:, 100] += 0.1
-    moved[3, 7] = moved[6, 1] = 4.4
-    plain, packed = ggml.encode_rows(T.Q8_0, W), ggml.encode_rows(T.Q8_0, moved)
-    before = packed.copy()
-    assert restore_missed_rows(T.Q8_0, W, {3: Pin((7,)), 5: Pin((9,)), 6: Pin((), (1,))}, packed, plain) == 1
-    assert np.array_equal(packed[3], plain[3]) and not np.array_equal(before[3], plain[3])
-    assert np.array_equal(np.delete(packed, 3, 0), np.delete(before, 3, 0))
 
 
 def test_a_part_of_the_columns_with_the_originals() -> None:
