@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from loopgguf.accumulators import Sums
 from loopgguf.architectures import tensor_role
-from loopgguf.container import PartFile, refuse_existing
+from loopgguf.container import refuse_existing, write_file
 from loopgguf.errors import InputError
 from loopgguf.grams import imatrix_stem
 from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
@@ -84,11 +84,7 @@ def save_attention(layers: Mapping[int, LayerAttention], imatrix: Path, *, overw
     arrays = {f"blk.{layer}.{what}": getattr(shares, what) for layer, shares in layers.items() for what in ("positions", "first")}
     stream = io.BytesIO()
     write_safetensors(stream.write, arrays)
-    data = stream.getvalue()
-    with PartFile(attention_path(imatrix), len(data), overwrite=overwrite) as part:
-        part.write_at(0, data)
-        part.sync()
-        part.publish()
+    write_file(attention_path(imatrix), stream.getvalue(), overwrite=overwrite)
 
 
 def load_attention(imatrix: Path) -> dict[int, LayerAttention]:

@@ -23,7 +23,7 @@ from scipy import linalg
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
 from loopgguf.grids import Grid, find_grid
-from loopgguf.super_weights import Pins, encode_pinned_rows, encode_rows, pins_between, restore_missed_rows
+from loopgguf.super_weights import Pins, encode_rows, pins_between, restore_missed_rows
 
 if TYPE_CHECKING:
     from loopgguf.rounding import Rounding
@@ -81,9 +81,7 @@ def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins 
         if not ggml.rows_are_encodable(rows):  # ggml would abort the process
             raise np.linalg.LinAlgError("feedback made the weights that are still to come too large to encode")
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
-        packed = ggml.encode_rows(ggml_type, np.ascontiguousarray(rows), weights)
-        if pins and weights is not None:
-            encode_pinned_rows(ggml_type, rows, weights, pins, packed, first, originals)
+        packed = encode_rows(ggml_type, np.ascontiguousarray(rows), weights, pins or {}, first, originals)
         return packed, ggml.decode_rows(ggml_type, packed)
 
     return encode
@@ -165,11 +163,11 @@ def compensate(
         decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
         target[stop:] += _carry(U, start, stop).astype(np.float32).T @ (decoded[start:stop] - target[start:stop])
     if columns.rounding is not None:
-        _descend_both(W, ggml_type, packed, decoded, columns.rounding, H_O, max_sweeps)
+        _descend_both(W, packed, decoded, columns.rounding, H_O, max_sweeps)
     return packed, decoded
 
 
-def _descend_both(W: FloatArray, ggml_type: GgmlType, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, max_sweeps: int) -> None:
+def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, max_sweeps: int) -> None:
     """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place."""
     for _ in range(max_sweeps):
         n_moves = 0

@@ -572,6 +572,14 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"output {target} already exists: pass --overwrite or choose another name with -o")
 
 
+def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Write a small file of any kind durably and at once: whole under its name, or not at all. Raises OutputError."""
+    with PartFile(path, len(data), overwrite=overwrite) as part:
+        part.write_at(0, data)
+        part.sync()
+        part.publish()
+
+
 def write_gguf(target: Path, metadata: Metadata, tensors: Sequence[tuple[str, GgmlType, np.ndarray]], *, overwrite: bool = False) -> None:
     """Write a small GGUF (an imatrix, a vocabulary) in one go and publish it.
 

@@ -160,16 +160,12 @@ def _are_enough(train: Gram, holdout: Gram) -> bool:
 
 def describe_feedback(source: Source, compensate: Compensate, stored: Feedback | None) -> str:
     """Return in a line what error feedback will do with a model."""
-    effort = "down to single codes" if compensate.effort(_n_weights(source)) is FULL else "around the encoder"
+    effort = "down to single codes" if compensate.effort(source.n_weights) is FULL else "around the encoder"
     if stored is not None:
         basis = f"the matrices beside the imatrix, with{'' if stored.train.weighted else 'out'} gradients"
     else:
         basis = "gradients from a backward pass" if source.is_checkpoint else "inputs alone: a GGUF gives no gradients, a checkpoint folder would"
     return f"error feedback: {effort}, under {basis}"
-
-
-def _n_weights(source: Source) -> int:
-    return sum(tensor.n_rows * tensor.n_in for tensor in source.tensors)
 
 
 def run_feedback(

@@ -155,12 +155,14 @@ def _codebook(name: str) -> FloatArray:
 
 
 @cache
+def _grids() -> dict[GgmlType, Grid]:
+    scalar = {ggml_type: Grid(ggml_type, *layout) for ggml_type, layout in _scalar_layouts().items()}
+    return scalar | {ggml_type: Grid(ggml_type, *layout) for ggml_type, layout in _codebook_layouts().items()}
+
+
 def find_grid(ggml_type: GgmlType) -> Grid | None:
     """Return the grid of a type; None for one that has none here (floats, TQ1_0, MXFP4)."""
-    scalar, codebook = _scalar_layouts().get(ggml_type), _codebook_layouts().get(ggml_type)
-    if scalar is not None:
-        return Grid(ggml_type, *scalar)
-    return Grid(ggml_type, *codebook) if codebook is not None else None
+    return _grids().get(ggml_type)
 
 
 # --- codes in and out -------------------------------------------------------------------------------------------------

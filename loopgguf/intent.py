@@ -166,8 +166,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         n_threads=settings.n_threads,
         progress=settings.progress,
     )
-    n_weights = sum(tensor.n_rows * tensor.n_in for tensor in source.tensors)
-    budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * n_weights / 8)
+    budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
     sized = plan_size(problem, table, budget_bytes, measure_file)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return Resolved(sized.plan, importance, notes, sized)

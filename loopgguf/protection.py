@@ -25,7 +25,7 @@ from loopgguf.allocation import Choice, solve
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import cache_path, content_key, write_cached
-from loopgguf.container import PartFile, refuse_existing
+from loopgguf.container import refuse_existing, write_file
 from loopgguf.documents import load_json, parse_object
 from loopgguf.errors import InputError, UsageError
 from loopgguf.errortable import candidate_types
@@ -195,21 +195,14 @@ def refuse_existing_protection(path: Path, *, overwrite: bool) -> None:
         refuse_existing(target, overwrite=overwrite)
 
 
-def _write(path: Path, data: bytes, *, overwrite: bool) -> None:
-    with PartFile(path, len(data), overwrite=overwrite) as part:
-        part.write_at(0, data)
-        part.sync()
-        part.publish()
-
-
 def save_protection(found: Found, mask: Mask | None, path: Path, *, overwrite: bool = False) -> tuple[Path, ...]:
     """Write super weights to `path` and the mask, where there is one, beside them, and return where. Raises OutputError."""
-    _write(path, (json.dumps({FORMAT_KEY: FORMAT, **found.to_json()}, indent=1) + "\n").encode(), overwrite=overwrite)
+    write_file(path, (json.dumps({FORMAT_KEY: FORMAT, **found.to_json()}, indent=1) + "\n").encode(), overwrite=overwrite)
     if mask is None:
         return (path,)
     stream = io.BytesIO()
     write_safetensors(stream.write, mask.indices, {FORMAT_KEY: FORMAT, COVERAGE_KEY: repr(mask.coverage)})
-    _write(mask_path(path), stream.getvalue(), overwrite=overwrite)
+    write_file(mask_path(path), stream.getvalue(), overwrite=overwrite)
     return path, mask_path(path)
 
 

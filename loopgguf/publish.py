@@ -123,7 +123,7 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
     if order.protection is not None:
         left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.is_encoded else job for name, job in left.items()}
     is_tied = OUTPUT not in tensors
-    effort = order.compensate.effort(sum(tensor.n_rows * tensor.n_in for tensor in source.tensors))
+    effort = order.compensate.effort(source.n_weights)
     logs: dict[str, TensorLog] = {}
 
     def run(jobs: list[Job]) -> None:

@@ -4,7 +4,7 @@ A row of weights t is to be met by ŵ = sign · scale · point + offset (`grids.
 `round_block` goes through a block from left to right and hands each unit's error to the columns after it through U,
 H⁻¹ = Uᵀ U (GPTQ, arXiv 2210.17323); `descend` moves one unit at a time to what is best given all others, until none
 moves. The columns of a codebook unit are chosen as a whole, point and signs together, with the even number of negatives
-that some types demand. Rows have nothing to do with each other, so no result depends on a slab or a thread.
+that some types demand. Rows have nothing to do with each other but for the coupling that a descent is given.
 Knows no bytes and no files. Compiled by numba when first used, which keeps it for the next time.
 """
 

@@ -111,6 +111,11 @@ class Source:
     notes: tuple[str, ...] = ()
     side_files: tuple[Path, ...] = ()
 
+    @property
+    def n_weights(self) -> int:
+        """The weights of all tensors."""
+        return sum(tensor.n_rows * tensor.n_in for tensor in self.tensors)
+
 
 def open_source(path: Path, *, pre_tokenizer: str | None = None) -> Source:
     """Return the model at `path`: a GGUF, the first shard of a split one, or a Hugging Face checkpoint folder.

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf.accumulators import Columns, ColumnSums, FloatArray
-from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, PartFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_gguf
+from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_file, write_gguf
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 
@@ -252,10 +252,7 @@ def _save_legacy(statistics: Statistics, path: Path, *, overwrite: bool) -> None
     entries = [_legacy_entry(name, columns, statistics.chunk_size or 1) for name, columns in sorted(statistics.columns.items())]
     datasets = ", ".join(statistics.datasets).encode()
     data = struct.pack("<i", len(entries)) + b"".join(entries) + struct.pack("<ii", statistics.n_chunks, len(datasets)) + datasets
-    with PartFile(path, len(data), overwrite=overwrite) as part:
-        part.write_at(0, data)
-        part.sync()
-        part.publish()
+    write_file(path, data, overwrite=overwrite)
 
 
 def _legacy_entry(name: str, columns: Columns, chunk_size: int) -> bytes:

@@ -249,14 +249,16 @@ def encode_pinned_rows(
         packed[number] = _encode_row(ggml_type, row, importance, here)[0]
 
 
-def encode_rows(ggml_type: GgmlType, rows: FloatArray, importance: FloatArray | None, pins: Pins) -> ggml.ByteArray:
-    """Return rows (n, n_in) packed, (n, row bytes): the pinned ones so that what is pinned keeps its value, the others as ever.
+def encode_rows(
+    ggml_type: GgmlType, rows: FloatArray, importance: FloatArray | None, pins: Pins, first: int = 0, originals: FloatArray | None = None
+) -> ggml.ByteArray:
+    """Return rows (n, width) packed, (n, row bytes): the pinned ones so that what is pinned keeps its value, the others as ever.
 
-    importance: (n_in,) float32 > 0; without one nothing is kept.
+    importance: (width,) float32 > 0; without one nothing is kept. first, originals: as in `encode_pinned_rows`.
     """
     packed = ggml.encode_rows(ggml_type, rows, importance)
     if importance is not None:
-        encode_pinned_rows(ggml_type, rows, importance, pins, packed)
+        encode_pinned_rows(ggml_type, rows, importance, pins, packed, first, originals)
     return packed
 
 

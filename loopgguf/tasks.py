@@ -23,8 +23,8 @@ from loopgguf.documents import parse_json
 from loopgguf.errors import InputError, QualityError
 from loopgguf.evaluation import Measure, log_softmax, mean_measure, proportion_percent
 from loopgguf.llama import Context, Model
+from loopgguf.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 Flags = NDArray[np.bool_]
 
 MAX_TASK_BYTES = 256 << 20
