@@ -12,12 +12,14 @@ from pathlib import Path
 from loopgguf.architectures import tensor_role
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
 from loopgguf.errors import UsageError
-from loopgguf.feedback import Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
+from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
+from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.opening import Settings, refuse_same_file
 from loopgguf.pipeline import Job, KeptWeight, TensorLog, WriteResult, execute
 from loopgguf.planner import OUTPUT, Plan, PlanRow
 from loopgguf.protection import Protection, flat_row
+from loopgguf.report import names_text
 from loopgguf.source import Source
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
@@ -113,7 +115,20 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
         return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
     check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
     written = _write(source, order, files, settings)
+    notes = [*notes, *_describe_untried(order, written.logs)]
     return WriteResult(order.plan, paths, n_bytes, written.logs, written.seconds, written.sample_text, tuple(notes), super_weights=written.super_weights)
+
+
+def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
+    """Say which quantized tensors error feedback was asked for and not tried on."""
+    if order.compensate is Compensate.OFF:
+        return []
+    quantized = [row.name for row in order.plan.rows if row.is_encoded and row.type in QUANTIZED_TYPES]
+    untried = [name for name in quantized if not logs[name].feedback]
+    if not untried:
+        return []
+    why = f"no matrices of them, or of fewer than {MIN_TOKENS_PER_COLUMN} tokens a column"
+    return [f"error feedback: not tried on {len(untried)} of {len(quantized)} quantized tensors ({names_text(untried)}): {why}"]
 
 
 def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout]], settings: Settings) -> dict[str, TensorLog]:

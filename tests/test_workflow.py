@@ -248,6 +248,8 @@ def test_error_feedback_from_a_gguf(demo_gguf: Path) -> None:
     result = quantize(demo_gguf, Path("x.gguf"), request, Settings(announce=said.append))
     assert any("a GGUF gives no gradients" in line for line in said)
     assert sum(log.feedback[0].way == "columns" for log in result.logs.values() if log.feedback) > 20
+    untried = [name for name, log in result.logs.items() if log.sampled is not None and not log.feedback]
+    assert any(f"not tried on {len(untried)} of " in note and untried[0] in note for note in result.notes)
 
 
 def test_error_feedback_from_matrices_made_before(demo_model: Path) -> None:
