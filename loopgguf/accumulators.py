@@ -9,6 +9,7 @@ are the GGUF's. Accumulators that need more than a vector per weight have module
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -205,7 +206,7 @@ class Sums:
 
 def refuse_non_finite(name: str, values: FloatArray) -> None:
     """Raise InputError naming the weight and the column when per-column values are not all finite."""
-    if not np.isfinite(values).all():
+    if not math.isfinite(values.sum(dtype=np.float64)):  # in one pass: NaN and infinity outlive any sum, and float32 overflows none in float64
         column = int(np.flatnonzero(~np.isfinite(values))[0])
         raise InputError(f"activations of {name}: got a NaN or infinite input in column {column}, expected finite ones. The weights are damaged")
 
@@ -267,9 +268,9 @@ class ColumnSums(Sums):
         """
         key = (name, matrix or 0)
         if not self._slab.is_same(name, matrix, X):
-            with np.errstate(over="ignore", invalid="ignore"):  # reported right below
+            with np.errstate(over="ignore", invalid="ignore"):
                 squares = np.einsum("ij,ij->j", X, X)
-            refuse_non_finite(name, squares)
+                refuse_non_finite(name, squares)
             self._slab.squares = squares.astype(np.float64)
         self._accumulate("squares", key, self._slab.squares)
         self._accumulate("counts", key, np.array(len(X), np.int64))

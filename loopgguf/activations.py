@@ -166,11 +166,12 @@ class _Watcher:
         self.audience, self.process_output, self.wants_weight, self.edits = audience, process_output, wants, edits
         self.watch = watch_library()
         self.error: BaseException | None = None
-        self._computed: int | None = None  # the address of the inputs that were looked at last
+        self._computed: tuple[int, int, int] | None = None  # the address of the inputs that were looked at last, their weight's matrices,
+        self._slabs: list[tuple[int | None, FloatArray]] = []  # and what they were cut into
 
     def begin_chunk(self, number: int, starts: Sequence[int]) -> None:
         """What the graph computes from now on is of chunk `number`, whose documents start at `starts`."""
-        self._computed = None
+        self._computed, self._slabs = None, []
         self.audience.begin_chunk(number, starts)
 
     def __call__(self, address: int, ask: bool) -> bool:
@@ -190,7 +191,8 @@ class _Watcher:
             return self.audience.wants_attention and node.name.startswith(ATTENTION)
         if node.op != self.watch.mul_mat and node.op != self.watch.mul_mat_id:
             return False
-        name = strip_name(GgmlTensor.from_address(node.src[0]).name)
+        weight = GgmlTensor.from_address(node.src[0])
+        name = strip_name(weight.name)
         if self.wants_weight is not None and not self.wants_weight(name):
             return False
         if node.op == self.watch.mul_mat_id:
@@ -198,8 +200,9 @@ class _Watcher:
         X = GgmlTensor.from_address(node.src[1])
         if not (X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or (self.process_output and name == HEAD))):
             return False
-        if node.src[1] == self._computed and not self.audience.wants_output(name):
-            self.collect(node)  # k and v after q: their input is there already, so the graph need not stop once more
+        if self._computed == (node.src[1], weight.ne[2], weight.ne[3]) and not self.audience.wants_output(name):
+            for matrix, slab in self._slabs:  # k and v after q: their input is there already, so the graph need not stop once more
+                self.audience.add(name, matrix, slab)
             return False
         return True
 
@@ -212,13 +215,13 @@ class _Watcher:
         name = strip_name(weight.name)
         if inputs.type != GgmlType.F32:
             raise InputError(f"activations of {name}: got ggml type {inputs.type}, expected F32. This architecture is not supported by the imatrix pass")
-        self._computed = node.src[1]
         for edit in self.edits:
             if edit.name == name:
                 self._edit(node, inputs, edit)
         split = self._splitter(node, weight)
         outputs = split(read_tensor(node, "<f4")) if self.audience.wants_output(name) else None
-        for matrix, slab in split(read_tensor(inputs, "<f4")):
+        self._computed, self._slabs = (node.src[1], weight.ne[2], weight.ne[3]), list(split(read_tensor(inputs, "<f4")))
+        for matrix, slab in self._slabs:
             self.audience.add(name, matrix, slab)
             if outputs is not None:
                 self.audience.add_output(name, matrix, next(outputs)[1])
