@@ -106,6 +106,9 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="R
 PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
 ]
+MemoryOption = Annotated[
+    str, typer.Option("--max-memory", metavar="SIZE", help="Memory for hidden states, Gram matrices and gradients: MiB, or a size with a unit such as 4GiB.")
+]
 BufferOption = Annotated[str, typer.Option("--max-buffer-size", metavar="SIZE", help="Memory for rows in flight: MiB, or a size with a unit such as 64MiB.")]
 ProfileOption = Annotated[
     str | None, typer.Option("--profile", help="Name of a profile, or a YAML/JSON file. Default: balanced; with a size: none, all tensors are free.")
@@ -180,15 +183,18 @@ def _settings(
     *,
     overwrite: bool = False,
     max_buffer: str = "",
+    max_memory: str = "",
     pre_tokenizer: str | None = None,
     device: Device = Device.CPU,
 ) -> Settings:
     from loopgguf.formats import parse_size
+    from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
     from loopgguf.opening import DEFAULT_MAX_BUFFER_BYTES, Settings, default_threads
 
     return Settings(
         n_threads=threads or default_threads(),
         max_buffer_bytes=parse_size(max_buffer, bare_unit_bytes=1 << 20) if max_buffer else DEFAULT_MAX_BUFFER_BYTES,
+        max_memory_bytes=parse_size(max_memory, bare_unit_bytes=1 << 20) if max_memory else DEFAULT_MAX_MEMORY_BYTES,
         overwrite=overwrite,
         pre_tokenizer=pre_tokenizer,
         device=device.value,
@@ -377,6 +383,7 @@ def imatrix(
         Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .job; gone when finished.")
     ] = None,
     device: DeviceOption = Device.CPU,
+    max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -410,7 +417,9 @@ def imatrix(
         _console().print(f"wrote {path}: {len(merged.columns)} tensors of {len(in_file)} files, {merged.n_chunks} chunks", markup=False)
         return
     with ExitStack() as stack:
-        result = compute_imatrix(model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device))
+        result = compute_imatrix(
+            model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory)
+        )
     _print_notes(result.notes)
     run, console = result.run, _console()
     console.print(report.shares_table(result.chunks.shares))
@@ -438,6 +447,7 @@ def super_weights(
     parse_special: ParseSpecialOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = Device.CPU,
+    max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -458,7 +468,7 @@ def super_weights(
             imatrix=imatrix_file,
             use_imatrix=not no_imatrix,
             coverage=_coverage(super_weight_coverage, "an imatrix", wanted=not no_imatrix),
-            settings=_settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device),
+            settings=_settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory),
         )
     _print_notes(result.notes)
     if as_json:
@@ -515,6 +525,7 @@ def quantize(
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
     device: DeviceOption = Device.CPU,
+    max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -540,7 +551,7 @@ def quantize(
         dry_run=dry_run,
     )
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, device=device)
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory)
         result = run(model, output, request, settings)
     _print_notes(result.notes)
     if as_json:
@@ -575,6 +586,7 @@ def plan(
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
     device: DeviceOption = Device.CPU,
+    max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -598,7 +610,7 @@ def plan(
         dry_run=True,
     )
     with ExitStack() as stack:
-        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device))
+        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory))
     if output is not None:
         save_plan(result.saved, output, overwrite=overwrite)
     if save_tensor_types is not None:

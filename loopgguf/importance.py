@@ -107,7 +107,8 @@ class _Task:
     @property
     def how(self) -> Pass:
         settings = self.settings
-        return Pass(settings.n_threads, self.request.process_output, settings.device, documents=self.chunks.documents, progress=settings.progress)
+        common = (settings.n_threads, self.request.process_output, settings.device, settings.max_memory_bytes)
+        return Pass(*common, documents=self.chunks.documents, progress=settings.progress)
 
     @property
     def fingerprint(self) -> dict[str, object]:
@@ -124,6 +125,7 @@ class _Task:
             "device": self.settings.device,
             "gram": request.gram,
             "gradient": request.gradient,
+            "max-memory": self.settings.max_memory_bytes if request.gradient else None,
             "attention": request.attention,
             "super weights": request.super_weights,
             "seed": request.seed if request.gram else None,
@@ -358,6 +360,7 @@ def find_sensitivities(source: Source, request: ImatrixRequest, settings: Settin
             [sums],
             n_threads=settings.n_threads,
             device=settings.device,
+            max_memory_bytes=settings.max_memory_bytes,
             label_seed=0,
             documents=documents,
             numbers=chosen.tolist(),

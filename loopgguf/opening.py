@@ -18,6 +18,7 @@ from loopgguf.chat import find_template
 from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.container import write_gguf
 from loopgguf.errors import InputError, OutputError, UsageError
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
 from loopgguf.llama import Model
 from loopgguf.progress import Progress
 from loopgguf.proof import prove_vocabulary
@@ -35,14 +36,17 @@ def default_threads() -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to work, not what to make: nothing here changes a byte of the output, but that a GPU rounds otherwise than a CPU.
+    """How to work, not what to make: nothing here changes a byte of the output, but that a GPU rounds otherwise than a CPU,
+    and gradients of the whole model otherwise than those of blocks of layers, which `max_memory_bytes` decides between.
 
-    device: `cpu`, `cuda` or `cuda:N`, where torch runs a checkpoint folder. progress: called with (phase, done, total).
+    max_memory_bytes: for hidden states, Gram matrices, and a model whose gradients are taken at once. device: `cpu`, `cuda`
+    or `cuda:N`, where torch runs a checkpoint folder. progress: called with (phase, done, total).
     announce: called with a line that the user should read before the work it is about, such as the disk it needs.
     """
 
     n_threads: int = field(default_factory=default_threads)
     max_buffer_bytes: int = DEFAULT_MAX_BUFFER_BYTES
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
     overwrite: bool = False
     pre_tokenizer: str | None = None
     device: str = "cpu"

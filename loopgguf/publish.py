@@ -165,7 +165,15 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
             with_feedback(list(left), stored)
         else:
             chunks = calibration_chunks(source, order.calibration, settings)
-            run_feedback(source, chunks, encode_layer, n_threads=settings.n_threads, device=settings.device, progress=settings.progress)
+            run_feedback(
+                source,
+                chunks,
+                encode_layer,
+                n_threads=settings.n_threads,
+                device=settings.device,
+                max_memory_bytes=settings.max_memory_bytes,
+                progress=settings.progress,
+            )
     run(list(left.values()))
     return logs
 

@@ -45,59 +45,70 @@ def nearest_level(x: Any, levels: Any, is_uniform: Any) -> Any:
 
 
 @_compiled
-def nearest_point(x: Any, M: Any, points: Any, turn: Any) -> Any:
-    """Return (point, column, cost) of the point nearest to x ≥ 0 under the diagonal of the metric M.
+def own_costs(metrics: Any, columns: Any, is_diagonal: Any) -> Any:
+    """Return pᵀ M p of every point for each unit of each run, (n_runs, units a run, n_points); with `is_diagonal` of M's diagonal.
 
-    With `turn`, one column must have the other sign than x: `column` is the one that costs least, else −1.
+    metrics: (n_runs, step, step), M of each run of columns that are chosen together. columns: (unit, n_points), the points.
     """
-    best, best_column, best_cost = 0, -1, np.inf
-    for p in range(len(points)):
-        cost, least, column = 0.0, np.inf, -1
-        for j in range(len(x)):
-            error = points[p, j] - x[j]
-            cost += M[j, j] * error * error
-            if turn and M[j, j] * x[j] * points[p, j] < least:  # (p + x)² − (p − x)² = 4 p x
-                least, column = M[j, j] * x[j] * points[p, j], j
-        if turn:
-            cost += 4 * least
-        if cost < best_cost:
-            best, best_column, best_cost = p, column, cost
-    return best, best_column, best_cost
+    unit, n_points = columns.shape
+    costs = np.zeros((len(metrics), metrics.shape[1] // unit, n_points))
+    for b in range(costs.shape[0]):
+        for u in range(costs.shape[1]):
+            for j in range(unit):
+                for k in range(unit):
+                    m = metrics[b, u * unit + j, u * unit + k]
+                    if j == k or not is_diagonal:
+                        for p in range(n_points):
+                            costs[b, u, p] += m * columns[j, p] * columns[k, p]
+    return costs
 
 
 @_compiled
-def choose_unsigned(x: Any, M: Any, points: Any) -> Any:
-    """Return the point nearest to x under the whole metric M."""
-    best, best_cost = 0, np.inf
-    for p in range(len(points)):
-        cost = 0.0
-        for j in range(len(x)):
-            error = points[p, j] - x[j]
-            part = 0.5 * M[j, j] * error
-            for k in range(j):
-                part += M[j, k] * (points[p, k] - x[k])
-            cost += error * part
-        if cost < best_cost:
-            best, best_cost = p, cost
-    return best
+def nearest_point(force: Any, own: Any, columns: Any) -> Any:
+    """Return (point p, its cost) of the least pᵀ M p − 2 p · force, force = M x: the point nearest to x.
+
+    own: pᵀ M p of every point. The loops go over all points at once, so that they become vector instructions.
+    """
+    costs = own.copy()
+    for j in range(len(force)):
+        for p in range(len(costs)):
+            costs[p] -= 2 * force[j] * columns[j, p]
+    best = np.argmin(costs)
+    return best, costs[best]
 
 
 @_compiled
-def choose_signed(x: Any, M: Any, points: Any, has_parity: Any, index: Any, negative: Any) -> None:
+def nearest_turned(force: Any, own: Any, columns: Any) -> Any:
+    """Return (point, column, cost) of the same where one column, the one that costs least, takes the other sign; M is a
+    diagonal, x ≥ 0."""
+    costs, least = own.copy(), np.full(len(own), np.inf)
+    for j in range(len(force)):
+        for p in range(len(costs)):
+            product = force[j] * columns[j, p]
+            costs[p] -= 2 * product
+            least[p] = min(least[p], product)
+    costs += 4 * least  # (p + x)² − (p − x)² = 4 p x
+    best = np.argmin(costs)
+    return best, np.argmin(force * columns[:, best]), costs[best]
+
+
+@_compiled
+def choose_signed(x: Any, M: Any, own: Any, columns: Any, has_parity: Any, index: Any, negative: Any) -> None:
     """Set the points `index` and signs of the columns x: signs of x itself, one of them turned where their number must be even."""
-    n, unit = len(x), points.shape[1]
+    n, unit = len(x), len(columns)
     is_odd = False
+    force = np.empty(n)
     for j in range(n):
         negative[j] = x[j] < 0
         is_odd ^= x[j] < 0
-    magnitudes = np.abs(x)
+        force[j] = M[j, j] * abs(x[j])
     turned, turned_column, turned_point, loss = -1, -1, -1, np.inf
     for u in range(n // unit):
-        part, metric = magnitudes[u * unit : (u + 1) * unit], M[u * unit : (u + 1) * unit, u * unit : (u + 1) * unit]
-        point, _, cost = nearest_point(part, metric, points, False)
+        part = force[u * unit : (u + 1) * unit]
+        point, cost = nearest_point(part, own[u], columns)
         index[u] = point
         if has_parity and is_odd:
-            point, column, other = nearest_point(part, metric, points, True)
+            point, column, other = nearest_turned(part, own[u], columns)
             if other - cost < loss:
                 turned, turned_column, turned_point, loss = u, column, point, other - cost
     if turned >= 0:
@@ -121,30 +132,32 @@ def round_scalar_block(T: Any, U: Any, scale: Any, offset: Any, levels: Any, is_
 
 
 @_compiled
-def choose(x: Any, M: Any, points: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any) -> None:
-    """Set the points `index` and the signs of a run of columns x that are chosen together, under the metric M."""
+def choose(x: Any, M: Any, own: Any, columns: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any) -> None:
+    """Set the points `index` and the signs of a run of columns x that are chosen together: under the diagonal of the metric M
+    where there are signs, else under the whole of it. own: `own_costs` of the run."""
     if has_signs:
-        choose_signed(x, M, points, has_parity, index, negative)
+        choose_signed(x, M, own, columns, has_parity, index, negative)
     else:
-        index[0] = choose_unsigned(x, M, points)
+        index[0] = nearest_point(M @ x, own[0], columns)[0]
 
 
 @_compiled
-def _values(scale: Any, points: Any, index: Any, negative: Any, out: Any) -> None:
+def _values(scale: Any, columns: Any, index: Any, negative: Any, out: Any) -> None:
     """Set `out` to what a run of columns is without its offset."""
-    unit = points.shape[1]
+    unit = len(columns)
     for j in range(len(out)):
-        v = scale * points[index[j // unit], j % unit]
+        v = scale * columns[j % unit, index[j // unit]]
         out[j] = -v if negative[j] else v
 
 
 @_compiled
 def round_unit_block(
-    T: Any, U: Any, metrics: Any, inverses: Any, scale: Any, offset: Any, points: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any
+    T: Any, U: Any, metrics: Any, inverses: Any, own: Any, scale: Any, offset: Any, columns: Any, has_signs: Any, has_parity: Any, index: Any, negative: Any
 ) -> None:
-    """The same for codes of several columns. metrics, inverses: U_bb⁻¹ U_bb⁻ᵀ and U_bb⁻¹ of each run of columns chosen together."""
+    """The same for codes of several columns. metrics, inverses, own: U_bb⁻¹ U_bb⁻ᵀ, U_bb⁻¹ and `own_costs` of each run of
+    columns chosen together."""
     n, width = T.shape
-    unit, step = points.shape[1], metrics.shape[1]
+    unit, step = len(columns), metrics.shape[1]
     met, missed = np.empty(step), np.empty(step)
     for i in range(n):
         for b in range(width // step):
@@ -152,8 +165,8 @@ def round_unit_block(
             s, o = scale[i, first], offset[i, first]
             mine, signs = index[i, first // unit : stop // unit], negative[i, first:stop]
             if s != 0:
-                choose((T[i, first:stop] - o) / s, metrics[b], points, has_signs, has_parity, mine, signs)
-            _values(s, points, mine, signs, met)
+                choose((T[i, first:stop] - o) / s, metrics[b], own[b], columns, has_signs, has_parity, mine, signs)
+            _values(s, columns, mine, signs, met)
             missed[:] = T[i, first:stop] - (met + o)
             T[i, first:stop] -= missed
             for j in range(step):
@@ -233,17 +246,19 @@ def descend_units(
     coupling: Any,
     metrics: Any,
     inverses: Any,
+    own: Any,
     scale: Any,
-    points: Any,
+    columns: Any,
     has_signs: Any,
     has_parity: Any,
     index: Any,
     negative: Any,
     max_sweeps: Any,
 ) -> Any:
-    """The same for codes of several columns. metrics, inverses: H_bb and H_bb⁻¹ of each run of columns chosen together."""
+    """The same for codes of several columns. metrics, inverses, own: H_bb, H_bb⁻¹ and `own_costs` of each run of columns
+    chosen together."""
     n, n_in = G.shape
-    unit, step = points.shape[1], metrics.shape[1]
+    unit, step = len(columns), metrics.shape[1]
     now, then, wish = np.empty(step), np.empty(step), np.empty(step)
     mine, signs = np.empty(step // unit, index.dtype), np.zeros(step, negative.dtype)
     n_moves = 0
@@ -256,10 +271,10 @@ def descend_units(
                 s, old, old_signs = scale[i, first], index[i, first // unit : stop // unit], negative[i, first:stop]
                 if s == 0:
                     continue
-                _values(s, points, old, old_signs, now)
+                _values(s, columns, old, old_signs, now)
                 _step_down(G[i, first:stop], inverses[b], c, now, wish)
-                choose(wish / s, metrics[b], points, has_signs, has_parity, mine, signs)
-                _values(s, points, mine, signs, then)
+                choose(wish / s, metrics[b], own[b], columns, has_signs, has_parity, mine, signs)
+                _values(s, columns, mine, signs, then)
                 if _gain(G[i, first:stop], metrics[b], c, now, then) < 0:
                     old[:] = mine
                     old_signs[:] = signs
@@ -285,10 +300,12 @@ class Rounding:
         self._order = np.argsort(levels, kind="stable")
         self._levels, self._place_of = levels[self._order], np.argsort(self._order)
         self._is_uniform = bool((np.diff(self._levels) == 1).all())
-        self._points = grid.points.astype(np.float64)
+        self._columns = np.ascontiguousarray(grid.points.T, np.float64)
+        self._signed = (grid.sign_places is not None, grid.has_parity)
         self._step = 8 if grid.has_parity else grid.unit
         self._metrics = _diagonal_blocks(self.H, self._step)
         self._inverses = np.linalg.inv(self._metrics)
+        self._own = self._own_costs(self._metrics)
 
     def decode(self, packed: ByteArray) -> FloatArray:
         """Return what packed rows decode to, (n, n_in) float32."""
@@ -307,8 +324,7 @@ class Rounding:
         codes, negative = self._unpack_units(packed)
         inverses = np.linalg.inv(_diagonal_blocks(U, self._step))
         metrics = inverses @ inverses.transpose(0, 2, 1)
-        signed = (codes.is_negative is not None, self.grid.has_parity)
-        round_unit_block(T, U, metrics, inverses, scales.scale, scales.offset, self._points, *signed, codes.index, negative)
+        round_unit_block(T, U, metrics, inverses, self._own_costs(metrics), scales.scale, scales.offset, self._columns, *self._signed, codes.index, negative)
         return pack(self.grid, codes, packed)
 
     def descend(self, packed: ByteArray, G: Matrix, coupling: Matrix, max_sweeps: int) -> tuple[ByteArray, int]:
@@ -322,9 +338,16 @@ class Rounding:
             n_moves = descend_scalar(G, self.H, coupling, scales.scale, scales.offset, self._levels, self._is_uniform, place, max_sweeps)
             return self._pack_places(place, packed), n_moves
         codes, negative = self._unpack_units(packed)
-        signed = (codes.is_negative is not None, self.grid.has_parity)
-        n_moves = descend_units(G, self.H, coupling, self._metrics, self._inverses, scales.scale, self._points, *signed, codes.index, negative, max_sweeps)
+        runs = (self._metrics, self._inverses, self._own)
+        n_moves = descend_units(G, self.H, coupling, *runs, scales.scale, self._columns, *self._signed, codes.index, negative, max_sweeps)
         return pack(self.grid, codes, packed), n_moves
+
+    def _own_costs(self, metrics: Matrix) -> Matrix:
+        """Return what each point costs by itself in each run of columns; nothing for scalar types."""
+        if self.grid.unit == 1:
+            return np.empty((0, 0, 0))
+        costs: Matrix = own_costs(metrics, self._columns, self._signed[0])
+        return costs
 
     def _pack_places(self, place: NDArray[np.intp], packed: ByteArray) -> ByteArray:
         return pack(self.grid, Codes(self._order[place].astype(np.int32)), packed)

@@ -11,7 +11,7 @@ from loopgguf import ggml
 from loopgguf.compensate import Damping, damped, feedback_factor
 from loopgguf.formats import GgmlType
 from loopgguf.grids import Grid, find_grid, points_of, read_scales, unpack
-from loopgguf.rounding import Rounding, choose, choose_signed, nearest_level
+from loopgguf.rounding import Rounding, choose, choose_signed, nearest_level, own_costs
 
 SCALAR_TYPES = [GgmlType.Q4_0, GgmlType.Q5_1, GgmlType.Q8_0, GgmlType.IQ4_NL, GgmlType.Q2_K, GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.IQ4_XS]
 UNIT_TYPES = [GgmlType.IQ2_XXS, GgmlType.IQ2_S, GgmlType.IQ3_XXS, GgmlType.IQ3_S, pytest.param(GgmlType.IQ1_S, marks=pytest.mark.slow)]
@@ -63,10 +63,9 @@ def test_unit_codes_are_the_textbooks(ggml_type: GgmlType) -> None:
         for i, s in enumerate(scales.scale[:, first]):
             if s != 0:
                 x = (target[i, block] - scales.offset[i, block]) / s
-                choose(
-                    x, H[block, block] - after @ H[rest, block], grid.points.astype(float), grid.sign_places is not None, grid.has_parity,
-                    theirs.index[i, units], signs[i, block],
-                )  # fmt: skip
+                M, columns, has_signs = H[block, block] - after @ H[rest, block], np.ascontiguousarray(grid.points.T, float), grid.sign_places is not None
+                own = own_costs(M[None], columns, has_signs)[0]
+                choose(x, M, own, columns, has_signs, grid.has_parity, theirs.index[i, units], signs[i, block])
         met = (scales.scale * points_of(grid, theirs) + scales.offset)[:, block]
         target[:, rest] -= (met - target[:, block]) @ after
     assert (ours.index == theirs.index).mean() > 0.99  # a tie may fall otherwise, and what follows it
@@ -81,7 +80,8 @@ def test_signed_points_are_the_best_of_all(unit: int, has_parity: bool) -> None:
     index, negative = np.zeros(8 // unit, np.int32), np.zeros(8, np.bool_)
     for _ in range(20):
         x, M = 3 * generator.normal(size=8), np.diag(np.exp(generator.normal(size=8)))
-        choose_signed(x, M, points, has_parity, index, negative)
+        columns = np.ascontiguousarray(points.T)
+        choose_signed(x, M, own_costs(M[None], columns, True)[0], columns, has_parity, index, negative)
         best = min(
             float((np.concatenate([points[p] for p in ps]) * s - x) ** 2 @ np.diag(M))
             for ps in itertools.product(range(6), repeat=8 // unit)

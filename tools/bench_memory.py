@@ -1,17 +1,23 @@
-"""How much memory `loopgguf quantize` takes above a bare Python interpreter: the same for a model of any size (Linux).
+"""How much memory `loopgguf quantize` and `loopgguf imatrix` take above a bare Python interpreter: the same for a model of any size (Linux).
 
     python tools/bench_memory.py [--model synthetic-1GB|demo|smollm2|smollm2-wide|PATH]… [--quant-type Q4_K_M] [--no-imatrix]
+    python tools/bench_memory.py --torch [--model synthetic-4GB|…]… [--samples 16] [--max-memory 64]
 
 Runs the command as a user would, with `--max-buffer-size 64`, from a checkpoint folder and from a BF16 GGUF; by default
 on two synthetic models of 1 and 4 GB with a vocabulary of 128,000 tokens. The figure is the peak of the process's resident memory (VmHWM:
 file-backed pages of mapped inputs count; its children, the tokenizer proof and the load test, do not), less that of an
 interpreter that does nothing. The bars: at most 500 MB from a folder, 200 MB from a GGUF, and the same figure ± 10 %
 for every model of the default.
+
+`--torch` measures `imatrix` over a checkpoint folder instead, above what it takes on a model of
+2 MB, which is what is imported: the bar is twice the float32 bytes of the largest layer (of the head, where that is larger) and
+`--max-memory`, and with `--gram` that layer's matrices of both sets besides.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -22,9 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
-from synthetic_model import REPOSITORY
+from synthetic_model import REPOSITORY, find_or_make
 
-from loopgguf.errors import LoopggufError
+from loopgguf.architectures import tensor_role
+from loopgguf.curvature import gram_bytes
+from loopgguf.errors import InputError, LoopggufError
+from loopgguf.source import open_source
 
 BARS_MB = {"folder": 500, "GGUF": 200}
 SAME_WITHIN = 0.10
@@ -64,6 +73,44 @@ def measure_peak(command: list[str]) -> tuple[int, float]:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)}: exit code {child.returncode}\n{log.read().decode(errors='replace')}")
     return peak, time.perf_counter() - start
+
+
+def largest_layer(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a checkpoint's largest layer, the embedding or head being one by itself."""
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in open_source(folder).tensors:
+        layer = tensor_role(tensor.name).layer
+        layers.setdefault(tensor.name if layer is None else str(layer), {})[tensor.name] = tensor.shape
+    return max(layers.values(), key=lambda shapes: sum(map(math.prod, shapes.values())))
+
+
+def measure_imatrix(folder: Path, extra: list[str], options: argparse.Namespace) -> tuple[int, float]:
+    """Return the peak of `imatrix` over a checkpoint folder in bytes, and seconds."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        command = [sys.executable, "-m", "loopgguf.cli", "imatrix", str(folder), "-o", f"{scratch}/imatrix.gguf", *extra]
+        return measure_peak([*command, "--samples", str(options.samples), "--max-memory", str(options.max_memory)])
+
+
+def run_torch(names: list[str], options: argparse.Namespace) -> bool:
+    """Print the peaks of the torch engine beside their bars; return whether all are met."""
+    bare_bytes, _ = measure_imatrix(find_or_make(options.folder, 2_000_000, 1000).checkpoint, [], options)
+    met = True
+    print(f"what is imported: {bare_bytes / 1e6:.1f} MB; peak above it, {options.samples} × 512 tokens, --max-memory {options.max_memory}:\n")
+    print("| model | options | MB above | bar MB | seconds |\n|---|---|---:|---:|---:|", flush=True)
+    for name in names:
+        folder = models.resolve_forms(name, options).checkpoint
+        if folder is None:
+            raise InputError(f"model {name}: got a GGUF, expected a checkpoint folder: torch runs no other")
+        for extra in ([], ["--gram"]):
+            peak, seconds = measure_imatrix(folder, extra, options)
+            layer = largest_layer(folder)
+            bar = 2 * 4 * sum(map(math.prod, layer.values())) + (options.max_memory << 20)
+            if extra:
+                shapes = {tensor.name: tensor.shape for tensor in open_source(folder).tensors if tensor_role(tensor.name).layer == 0}
+                bar += 2 * gram_bytes(shapes, has_gradient=False)
+            met &= peak - bare_bytes <= bar
+            print(f"| {name} | {' '.join(extra)} | {(peak - bare_bytes) / 1e6:.0f} | {bar / 1e6:.0f} | {seconds:.0f} |", flush=True)
+    return met
 
 
 @dataclass(frozen=True)
@@ -118,9 +165,16 @@ def main() -> None:
     models.add_scratch_option(parser)
     parser.add_argument("--quant-type", default="Q4_K_M")
     parser.add_argument("--no-imatrix", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="measure `imatrix` over a checkpoint folder")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--max-memory", type=int, default=64, metavar="MIB")
     options = parser.parse_args()
     bare_bytes = measure_bare()
     try:
+        if options.torch:
+            met = run_torch(models.model_names(options), options)
+            print("\nall bars met" if met else "\nNOT all bars met")
+            sys.exit(0 if met else 1)
         figures = [figure for name in models.model_names(options) for figure in measure_model(name, options, bare_bytes)]
     except LoopggufError as error:
         print(f"bench_memory: {error}", file=sys.stderr)
