@@ -1,8 +1,8 @@
 """How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
 
     python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
-        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…]
-        [--markdown] [--json FILE]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--blocks] [--weights-only]
+        [--texts DIR] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
 others. The presets' files are loopgguf's own: their tensors are byte for byte those of llama.cpp's quantizer with the
@@ -12,7 +12,9 @@ figure. (Importances of zero are raised a little first, as in every file that lo
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
 plans a file no larger than B's and compares the two; with `--compensate MODE` each preset's types are encoded with error
-feedback too, as B+MODE, and compared with B: the same bytes on both sides. Each text is measured by itself. Nothing is
+feedback too, as B+MODE, and compared with B: the same bytes on both sides. `--blocks` gives all linears of the blocks the
+type and leaves embedding and head at BF16; `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
+of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `splits.py`. Each text is measured by itself. Nothing is
 tuned here and no file is chosen by these figures.
 """
 
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import models
+import splits
 from rich.console import Console
 
 from loopgguf import report
@@ -36,7 +39,11 @@ from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
+from loopgguf.formats import GgmlType
 from loopgguf.opening import default_threads
+from loopgguf.planner import TypeRules, plan_conversion
+from loopgguf.publish import Order, publish
+from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, quantize, reference_gguf
 
 DEFAULT_TYPES, DEFAULT_PROFILES = "Q4_0,IQ4_NL,Q4_K_M,Q5_K_M,Q3_K_M", "balanced"
@@ -93,7 +100,8 @@ def as_candidate(name: str, path: Path) -> Candidate:
 
 def make_requests(options: argparse.Namespace) -> dict[str, QuantizeRequest]:
     """Return the presets and profiles asked for, by name."""
-    common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())))
+    rules = TypeRules(pure=True, output_type=GgmlType.BF16, token_embedding_type=GgmlType.BF16) if options.blocks else TypeRules()
+    common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())), rules=rules)
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
     requests = {name: replace(common, quant_type=name) for name in presets}
@@ -141,13 +149,22 @@ def imatrix_text(candidates: Sequence[Candidate]) -> str:
     return "none"
 
 
+def decode_weights(path: Path) -> Path:
+    """Write a GGUF's weights as F32 beside it, and return that file."""
+    source, decoded = open_source(path), path.with_suffix(".decoded.gguf")
+    plan = plan_conversion(source.tensors, source.metadata, "f32", allow_requantize=True)
+    publish(source, Order(plan), decoded, Settings(overwrite=True), ())
+    return decoded
+
+
 def measure(candidates: Sequence[Candidate], reference: Path, text: Path, options: argparse.Namespace) -> list[Row]:
     """Measure all files on one text; the reference is run once for all."""
     start = time.perf_counter()
-    result = compare([c.path for c in candidates], reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
+    paths = [decode_weights(c.path) if options.weights_only else c.path for c in candidates]
+    result = compare(paths, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
     note(f"  {len(candidates)} files on {text.name}: {time.perf_counter() - start:.0f} s")
     measured = {file.path: file.quality for file in result.files}
-    return [Row(candidate, measured[candidate.path]) for candidate in candidates]
+    return [Row(candidate, measured[path]) for candidate, path in zip(candidates, paths, strict=True)]
 
 
 def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row, ...]:
@@ -261,6 +278,9 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="loopgguf-quality-") as scratch:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
+        if options.texts:
+            cut = splits.cut_splits(options.texts, folder / "texts")
+            options.calibration, options.text = options.calibration or list(cut.calibration), options.text or list(cut.verdict)
         for name, model in models.resolve_models(options).items():
             for section in run_model(name, model, pairs, folder, options):
                 show(section, markdown=options.markdown)
@@ -282,6 +302,9 @@ def main() -> int:
         default=Compensate.OFF,
         help="error feedback in profiles and files by size, and in a second file of each preset, which is compared with it",
     )
+    parser.add_argument("--blocks", action="store_true", help="the types for the linears of the blocks only, embedding and head at BF16")
+    parser.add_argument("--weights-only", action="store_true", help="measure the files' weights, decoded to F32")
+    parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see splits.py")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
     parser.add_argument("--reference", type=Path, metavar="GGUF", help="measure against this full-precision file (default: the model, converted as it is)")
