@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.architectures import tensor_role
+from loopgguf.calibration import Chunks
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
-from loopgguf.errors import UsageError
+from loopgguf.errors import OutputError, UsageError
 from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
@@ -20,11 +21,20 @@ from loopgguf.pipeline import Job, KeptWeight, TensorLog, WriteResult, execute
 from loopgguf.planner import OUTPUT, Plan, PlanRow
 from loopgguf.protection import Protection, flat_row
 from loopgguf.report import names_text
-from loopgguf.source import Source
+from loopgguf.source import Source, Tensor
+from loopgguf.splits import tokens_sha256
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Tensors of a file that was written before from the same source, encoded as they are planned again, and the logs of that file."""
+
+    tensors: Mapping[str, Tensor]
+    logs: Mapping[str, TensorLog]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Order:
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     protection: Protection | None = None
     keep_split: bool = False
+    selection: Chunks | None = None  # the text it must pass a gate on
+    reuse: Reuse | None = None
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
 
 
@@ -58,6 +70,9 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     metadata["loopgguf.plan_hash"] = string(plan.hash)
     if order.compensate is not Compensate.OFF:
         metadata["loopgguf.compensate"] = string(order.compensate)
+    if order.selection is not None:
+        metadata["loopgguf.selection.dataset"] = string(", ".join(order.selection.names))
+        metadata["loopgguf.selection.sha256"] = string(tokens_sha256(order.selection.tokens))
     if order.protection is not None:
         metadata["loopgguf.super_weights"] = string("protected")
     return metadata
@@ -158,7 +173,10 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
     def encode_layer(layer: int | None, feedback: Feedback) -> None:
         with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
 
-    if order.compensate is not Compensate.OFF:
+    reused = {name: order.reuse.logs[name] for name in order.reuse.tensors} if order.reuse is not None else {}
+    if order.reuse is not None:
+        run([replace(left.pop(name), tensor=tensor) for name, tensor in order.reuse.tensors.items()])
+    if order.compensate is not Compensate.OFF and left:
         stored = stored_feedback(order.imatrix)
         settings.announce(describe_feedback(source, order.compensate, stored))
         if stored is not None:
@@ -175,7 +193,7 @@ def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout
                 progress=settings.progress,
             )
     run(list(left.values()))
-    return logs
+    return logs | reused
 
 
 @dataclass(frozen=True)
@@ -236,6 +254,14 @@ def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapp
         for link, (part, _) in zip(links, parts, strict=True):
             link.symlink_to(part.path.resolve())
         return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads)
+
+
+def move_published(path: Path, target: Path) -> None:
+    """Give a published file another name, on the same disk; a file of that name is replaced."""
+    try:
+        path.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept as {path}") from error
 
 
 def _publish_all(parts: Sequence[PartFile]) -> None:
