@@ -27,6 +27,7 @@ from loopgguf.source import Source
 from loopgguf.super_weights import Mask
 
 DEFAULT_PROFILE = "balanced"
+GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a gate and its recovery add
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,11 @@ def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Re
 
 def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | None, settings: Settings) -> Resolved:
     """Measure what every type does to every tensor, and solve for the size."""
+    if request.target_kld_nats is not None and not (source.is_checkpoint and request.use_gradients):
+        raise UsageError(
+            f"--target-kld: {source.path.name} gives no gradients, without which errors are no KLD in nats. Give the checkpoint folder, or a --size and "
+            "--max-kld, which measures"
+        )
     importance = given or (made_importance(source, request.calibration, settings) if request.use_imatrix else None)
     profile = load_profile(request.profile) if request.profile is not None else None
     problem = size_problem(source.tensors, source.metadata, request.rules, importance.has if importance is not None else None, profile)
@@ -173,6 +179,8 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
     else:
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
+    if request.gate is not None:
+        budget_bytes -= GATE_BYTES
     sized = plan_size(problem, table, budget_bytes, measure_file)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return Resolved(sized.plan, importance, notes, sized)

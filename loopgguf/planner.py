@@ -503,20 +503,10 @@ def _within_bounds(types: Sequence[GgmlType], name: str, bounds: Sequence[Rule])
     return kept
 
 
-def size_problem(
-    tensors: Sequence[Tensor],
-    metadata: Metadata,
-    rules: TypeRules | None = None,
-    has_importance: HasImportance | None = None,
-    profile: Profile | None = None,
-) -> SizeProblem:
-    """Return what has to be measured (`requests`) and solved to plan a size; arguments as for `plan_preset`.
-
-    Raises UsageError for rules that cannot be met.
-    """
-    rules = rules or TypeRules()
-    if rules.pure:
-        raise UsageError("--pure makes all tensors of one type, a size is met by mixing them: use --quant-type with --pure, or leave one out")
+def free_requests(
+    tensors: Sequence[Tensor], metadata: Metadata, rules: TypeRules, has_importance: HasImportance | None, profile: Profile | None = None
+) -> tuple[Request, ...]:
+    """Return the tensors whose type no rule and no profile names, each with the types it may have; arguments as for `plan_preset`."""
     facts = read_facts(metadata)
     is_tied = all(tensor.name != OUTPUT for tensor in tensors)
     pinned = _profile_pins(profile, tensors, facts.n_layer) if profile is not None else {}
@@ -534,9 +524,27 @@ def size_problem(
         return {**{r.tensor.name: (r.tensor.type, "free") for r in requests}, **pinned}
 
     _plan("size", 0, tensors, rules, has_importance, choose_rest, facts.architecture)
+    return tuple(requests)
+
+
+def size_problem(
+    tensors: Sequence[Tensor],
+    metadata: Metadata,
+    rules: TypeRules | None = None,
+    has_importance: HasImportance | None = None,
+    profile: Profile | None = None,
+) -> SizeProblem:
+    """Return what has to be measured (`requests`) and solved to plan a size; arguments as for `plan_preset`.
+
+    Raises UsageError for rules that cannot be met.
+    """
+    rules = rules or TypeRules()
+    if rules.pure:
+        raise UsageError("--pure makes all tensors of one type, a size is met by mixing them: use --quant-type with --pure, or leave one out")
+    requests = free_requests(tensors, metadata, rules, has_importance, profile)
     if not requests:
         raise UsageError("a size was asked for, but the rules given (--tensor-type and the like) leave no tensor free. Leave one of them out")
-    return SizeProblem(tensors, metadata, rules, has_importance, profile, tuple(requests))
+    return SizeProblem(tensors, metadata, rules, has_importance, profile, requests)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, QUANTIZED_TYPES, GgmlType, tensor_bytes
 from loopgguf.gate import CheckedResult, Gate, GateResult, GateStep, Reading, below_gate_path, read_quality
 from loopgguf.importance import calibration_chunks
-from loopgguf.intent import QuantizeRequest, Resolved, measure_table
+from loopgguf.intent import GATE_BYTES, QuantizeRequest, Resolved, measure_table
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
-from loopgguf.planner import Plan, measured_types, size_problem, with_type
+from loopgguf.planner import Plan, free_requests, measured_types, with_type
 from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, total_bytes
 from loopgguf.source import Source, open_source
 from loopgguf.splits import refuse_shared
@@ -97,7 +97,8 @@ class Recovery:
         self.reference, self.chunks, self.settings = reference, chunks, settings
         self.aside = below_gate_path(output)
         self.trial = self.aside.with_name(f"{self.aside.name.removesuffix('.gguf')}.trial.gguf")
-        budget = resolved.sized.budget_bytes if resolved.sized is not None else None  # a size that was asked for is a promise
+        # a size that was asked for is a promise
+        budget = resolved.sized.budget_bytes + GATE_BYTES if resolved.sized is not None else None
         self.max_bytes = gate.max_size_bytes if gate.max_size_bytes is not None else budget
         self.steps: list[GateStep] = []
         self.is_stopped_by_size = False
@@ -124,7 +125,7 @@ class Recovery:
         """Return why recovery ended below the gate."""
         if self.is_stopped_by_size:
             return f"quality gate: not reached within {self.max_bytes:,} bytes"
-        return "quality gate: not reached, though every free tensor is in half precision"
+        return "quality gate: not reached, and no tensor is left that may be raised"
 
     # --- one file -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +204,7 @@ class Recovery:
         """The tensors that may be raised: no rule of the user's names their type."""
         has = self.resolved.importance.has if self.resolved.importance is not None else None
         planned = {row.name: row.type for row in self.resolved.plan.rows}
-        free = size_problem(self.source.tensors, self.source.metadata, self.request.rules, has).requests
+        free = free_requests(self.source.tensors, self.source.metadata, self.request.rules, has)
         return tuple(replace(r, types=tuple(dict.fromkeys((planned[r.tensor.name], *r.types)))) for r in free)
 
     @cached_property

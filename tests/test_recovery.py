@@ -130,8 +130,16 @@ def test_what_cannot_pass_is_kept_aside(model: Path, request_: QuantizeRequest, 
     assert len(read_gguf(kept).tensors) == 12
     with pytest.raises(OutputError, match="below-gate"):  # the next run does not throw it away either
         quantize(model, tmp_path / "out.gguf", request, SETTINGS)
-    with pytest.raises(QualityError, match="every free tensor is in half precision"):
+    with pytest.raises(QualityError, match="no tensor is left that may be raised"):
         quantize(model, tmp_path / "other.gguf", replace(gated(request_, max_kld_nats=1e-12), quant_type="Q8_0"), SETTINGS)
+
+
+def test_a_size_is_a_promise(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches a plan that fills its size to the byte, so that the keys of a gate exceed it; and recovery that grows beyond it."""
+    request = replace(gated(request_, max_kld_nats=1e-9), quant_type=None, size_bytes=30_000)
+    with pytest.raises(QualityError, match="not reached within 30,000 bytes"):
+        quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert 29_000 - 1024 < (tmp_path / "out.below-gate.gguf").stat().st_size <= 30_000
 
 
 def test_contradictions_are_refused_before_any_work(model: Path, request_: QuantizeRequest, texts: dict[str, Path], tmp_path: Path) -> None:
