@@ -9,7 +9,7 @@ and the held-out text may not share content.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def pass_gate(
     `below_gate_path` names it; all else as `publish.publish`.
     """
     order = replace(resolved.order(request), selection=chunks)
-    recovery = Recovery(source, resolved, request, gate, output, reference, chunks, settings)
+    recovery = _Recovery(source, resolved, request, gate, output, reference, chunks, settings)
     check_outputs(source, [output, recovery.aside, recovery.trial], order.inputs, overwrite=settings.overwrite)
     if not recovery.fits(order):
         raise UsageError(f"--max-size: got {recovery.max_bytes:,} bytes, expected at least the {total_bytes(source, order):,} of the plan. Plan a smaller file")
@@ -83,25 +83,40 @@ def pass_gate(
     return CheckedResult(**{**vars(recovery.result), "paths": (output,)}, gate=steps)
 
 
-class Recovery:
-    """The best file so far, how it was ordered and measured, and what can be tried next."""
+@dataclass(eq=False)
+class _Recovery:
+    """What a gate asks of which model, the best file so far and how it was measured, and what can be tried next."""
 
-    result: WriteResult
-    reading: Reading
-    n_scored: int
+    source: Source
+    resolved: Resolved
+    request: QuantizeRequest
+    gate: Gate
+    output: Path
+    reference: Path
+    chunks: Chunks
+    settings: Settings
+    steps: list[GateStep] = field(default_factory=list)
+    is_stopped_by_size: bool = False
+    result: WriteResult = field(init=False)
+    reading: Reading = field(init=False)
+    n_scored: int = field(init=False)
 
-    def __init__(
-        self, source: Source, resolved: Resolved, request: QuantizeRequest, gate: Gate, output: Path, reference: Path, chunks: Chunks, settings: Settings
-    ) -> None:
-        self.source, self.resolved, self.request, self.gate = source, resolved, request, gate
-        self.reference, self.chunks, self.settings = reference, chunks, settings
-        self.aside = below_gate_path(output)
-        self.trial = self.aside.with_name(f"{self.aside.name.removesuffix('.gguf')}.trial.gguf")
-        # a size that was asked for is a promise
-        budget = resolved.sized.budget_bytes + GATE_BYTES if resolved.sized is not None else None
-        self.max_bytes = gate.max_size_bytes if gate.max_size_bytes is not None else budget
-        self.steps: list[GateStep] = []
-        self.is_stopped_by_size = False
+    @property
+    def aside(self) -> Path:
+        """Where the best file lies."""
+        return below_gate_path(self.output)
+
+    @property
+    def trial(self) -> Path:
+        """Where the next file lies until it is measured."""
+        return self.aside.with_name(f"{self.aside.name.removesuffix('.gguf')}.trial.gguf")
+
+    @property
+    def max_bytes(self) -> int | None:
+        """How large the file may become; a size that was asked for is a promise."""
+        sized = self.resolved.sized
+        budget = sized.budget_bytes + GATE_BYTES if sized is not None else None
+        return self.gate.max_size_bytes if self.gate.max_size_bytes is not None else budget
 
     def run(self, order: Order) -> None:
         """Write and measure the file as it was asked for, then take the steps in their order until it passes."""
@@ -170,7 +185,7 @@ class Recovery:
     def _raise(self, order: Order, what: str, allowed: TypeFilter) -> None:
         """Raise the tensors that save most estimated error per byte, some at a time, until the file passes or none is left."""
         while not self.passes:
-            plan = self._raised(order.plan, allowed)
+            plan = self._raised(order, allowed)
             if plan is None:
                 return
             changed = [new.name for new, old in zip(plan.rows, order.plan.rows, strict=True) if new.type is not old.type]
@@ -180,15 +195,16 @@ class Recovery:
                 return
             self.attempt(f"{what} for {len(changed)} tensors, {changed[0]} first", replace(order, reuse=self._reuse(plan)))
 
-    def _raised(self, plan: Plan, allowed: TypeFilter) -> Plan | None:
-        """Return the plan with the worst tensors raised; None where none may be, or fits."""
-        plan = replace(plan, intent=INTENT.format(self.resolved.plan.intent))
+    def _raised(self, order: Order, allowed: TypeFilter) -> Plan | None:
+        """Return the plan of an order with the worst tensors raised; None where none may be, or fits."""
+        plan = replace(order.plan, intent=INTENT.format(self.resolved.plan.intent))
         rows = {row.name: row for row in plan.rows}
         names = [request.tensor.name for request in self.requests]
         choices = [_choices(request, self.table, rows[request.tensor.name].type, allowed) for request in self.requests]
         items = [[choice for _, choice in item] for item in choices]
         target = sum(item[0].error for item in items) * max(LEAST_SHARE, AIM / self.gate.miss(self.reading))
-        room = None if self.max_bytes is None else self.max_bytes - total_bytes(self.source, replace(self.resolved.order(self.request), plan=plan))
+        most = self.max_bytes
+        room = None if most is None else most - total_bytes(self.source, replace(order, plan=plan))
         stay = (0,) * len(items)
         picks = improve(items, stay, target, room)
         if picks == stay:

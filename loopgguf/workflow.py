@@ -80,6 +80,8 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     bpw = bits_per_weight(resolved.plan)
     if bpw < LOW_BPW:
         settings.announce(low_bits_warning(bpw, is_sized=resolved.sized is not None))
+    if gate is not None and request.dry_run:
+        notes.append(f"quality gate: {gate}; a dry run measures nothing, and recovery may make the file larger")
     if gate is None or selection is None:
         result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
         return result if bpw >= LOW_BPW or request.dry_run else _with_collapse_check(result, known_reference(source), settings)
