@@ -58,7 +58,9 @@ except Interrupted as error:
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(out), str(N_STEPS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), str(out), str(N_STEPS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")

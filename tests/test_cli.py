@@ -408,10 +408,10 @@ def test_a_stopped_imatrix_goes_on(run: Run, demo_gguf: Path, demo_model: Path, 
     arguments = ("imatrix", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64)
     assert run(*arguments, "-o", tmp_path / "whole.imatrix.gguf").code == 0
     monkeypatch.setattr(Job, "should_stop", property(lambda _job: True, lambda _job, _value: None), raising=False)
-    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.gguf.job")
+    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.loopgguf-job")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "work")
     _refused(run(*arguments, "--process-output", "-o", "a.imatrix.gguf"), 2, "process-output (was False, is True)", "--no-resume")
     assert run(*arguments, "-o", "a.imatrix.gguf").code == 0
     assert Path("a.imatrix.gguf").read_bytes() == (tmp_path / "whole.imatrix.gguf").read_bytes()
-    assert not Path("a.imatrix.gguf.job").exists()
+    assert not Path("a.imatrix.loopgguf-job").exists()
