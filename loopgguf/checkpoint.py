@@ -55,6 +55,7 @@ Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1
 CURRENT, PREVIOUS, LOCK, OBJECTS = "CURRENT", "PREVIOUS", "lock", "objects"
 TEMPORARY = "CURRENT.tmp"
+PUBLISHING = "PUBLISHING"  # is there while files of a finished job get their names
 IMATRIX, QUANTIZE = "imatrix", "quantize"  # the stages of a command
 WORK, SHARDS = "work", "shards"  # subfolders of an engine, and of results that are written as they come
 ENGINE = "engine"  # the part of a state that is the engine's own
@@ -239,8 +240,8 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 class StopRequest:
-    """While the context lasts, the first SIGINT or SIGTERM sets `should_stop`, and the second raises KeyboardInterrupt
-    (main thread only): what runs ends its step and raises Interrupted."""
+    """While the context lasts, the first SIGINT or SIGTERM sets `should_stop`: what runs ends its step and raises Interrupted.
+    The second raises KeyboardInterrupt, a third ends the process (main thread only)."""
 
     def __init__(self) -> None:
         self.should_stop = False
@@ -257,6 +258,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:
+            for stop in STOP_SIGNALS:  # what cannot be interrupted is ended by the next one
+                signal.signal(stop, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.should_stop = True
         logger.warning("stopping after this step; once more stops at once and loses the step")
@@ -279,7 +282,7 @@ class Job(StopRequest):
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        _refuse_foreign(self.folder, {CURRENT, PREVIOUS, TEMPORARY, LOCK, OBJECTS, WORK, SHARDS})
+        _refuse_foreign(self.folder, {CURRENT, PREVIOUS, TEMPORARY, PUBLISHING, LOCK, OBJECTS, WORK, SHARDS})
         with _explained(self.folder):
             (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder / LOCK)
@@ -303,7 +306,7 @@ class Job(StopRequest):
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Tell whether there is something to go on from: finished steps, or what a stopped engine had before its first."""
-        if not any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+        if not _has_state(self.folder):
             return False
         newest = next(self._manifests(), None)
         has_begun = isinstance(error, Interrupted | KeyboardInterrupt) and any(self.work.iterdir())
@@ -333,7 +336,7 @@ class Job(StopRequest):
         """Raise UsageError naming the fields in which the newest manifest's fingerprint is not ours."""
         manifest = next(self._manifests(), None)
         if manifest is None:
-            if any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+            if _has_state(self.folder):
                 raise InputError(f"job folder {self.folder} is damaged: got no readable state. Start anew with --no-resume")
             return
         before, now = manifest.fingerprint, self.fingerprint
@@ -427,15 +430,23 @@ class Job(StopRequest):
         if self.should_stop:
             raise Interrupted(f"interrupted after {done}; saved in {self.folder}. Run the same command again to go on")
 
+    def begin_publishing(self) -> None:
+        """Take down that this job's files get their names now: when it is killed before `finish`, those that have one are its own."""
+        with _explained(self.folder):
+            (self.folder / PUBLISHING).touch()
+            flush_folder(self.folder)
+
     def finish(self) -> None:
         """Let the folder go when the context ends, unless it is to be kept: the result is published. Call it last."""
         if not self.keep:
             self.clear()
+        with _explained(self.folder):
+            (self.folder / PUBLISHING).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget the state and everything that was kept for it."""
         with _explained(self.folder):
-            for name in (CURRENT, PREVIOUS, TEMPORARY):
+            for name in (PREVIOUS, CURRENT, TEMPORARY):  # in this order: what is cut short leaves the newest, or none
                 (self.folder / name).unlink(missing_ok=True)
             for name in (OBJECTS, WORK, SHARDS):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -466,6 +477,25 @@ def open_stage(folder: Path, stage: str, fingerprint: Mapping[str, object], *, r
     finally:
         with contextlib.suppress(OSError):  # another stage's work is in it
             folder.rmdir()
+
+
+def _has_state(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CURRENT, PREVIOUS))
+
+
+def was_publishing(folder: Path, stage: str) -> bool:
+    """Tell whether a job was killed while its files got their names: what lies there is to be replaced by the same."""
+    return (folder / stage / PUBLISHING).exists() and _has_state(folder / stage)
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a command's job folder what is left of jobs that were finished, and killed before they were gone."""
+    for stage in (folder / IMATRIX, folder / QUANTIZE):
+        if (stage / LOCK).exists() and not _has_state(stage):
+            with contextlib.suppress(UsageError), Job(stage, {}):  # else it has just begun
+                pass
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _short(value: object) -> str:

@@ -177,9 +177,10 @@ def describe_feedback(source: Source, compensate: Compensate, stored: Feedback |
     return f"error feedback: {effort}, under {basis}"
 
 
-def goes_by_layers(source: Source, chunks: Chunks, max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES) -> bool:
-    """Tell whether `run_feedback` takes a model block by block of layers, so that it can go on in the midst of the model."""
-    return source.is_checkpoint and not plan_gradient_pass(source.path, *chunks.tokens.shape, max_memory_bytes=max_memory_bytes).is_whole
+def kept_bytes(source: Source, chunks: Chunks, max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES) -> int:
+    """Return how many bytes of hidden states `run_feedback` keeps at most to go on from; 0 for a pass that starts anew, because
+    it does not go layer by layer."""
+    return plan_gradient_pass(source.path, *chunks.tokens.shape, max_memory_bytes=max_memory_bytes).stored_bytes if source.is_checkpoint else 0
 
 
 def run_feedback(
@@ -195,7 +196,7 @@ def run_feedback(
 ) -> PassResult:
     """Run the calibration chunks through a model, and `tell` the matrices of one layer after another, then (None) those of none.
 
-    work: a folder in which a pass that `goes_by_layers` keeps what it goes on from; the layers that it has finished there
+    work: a folder for the `kept_bytes` of a pass that has any; the layers that it has finished there
     (`hidden_states.finished_layers`) are not told again. Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
     """
     _, holdout = split_holdout(chunks.n_chunks, SEED)

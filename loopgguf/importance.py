@@ -6,6 +6,7 @@ is taken again from the user cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 from loopgguf.accumulators import EMBEDDING, Extremes, Key, Spikes, split_holdout
 from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
-from loopgguf.checkpoint import IMATRIX, Job, cache_path, content_key, job_folder, open_stage
+from loopgguf.checkpoint import IMATRIX, Job, cache_path, content_key, job_folder, open_stage, sweep, was_publishing
 from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.curvature import gram_shapes
@@ -126,6 +127,17 @@ class _Task:
             "seed": request.seed if request.gram else None,
         }
 
+    def refuse_existing(self) -> None:
+        """Raise OutputError when one of the files to be written exists and may not be overwritten."""
+        overwrite = self.settings.overwrite
+        refuse_existing(self.output, overwrite=overwrite)
+        if self.request.gram:
+            refuse_existing_grams(self.output, overwrite=overwrite)
+        if self.request.attention:
+            refuse_existing_attention(self.output, overwrite=overwrite)
+        if self.request.super_weights:
+            refuse_existing_protection(protection_paths(self.output)[0], overwrite=overwrite)
+
 
 Save = Callable[[Statistics, Mapping[Key, Extremes] | None], None]
 
@@ -141,15 +153,19 @@ def _collect(task: _Task, folder: Path, save: Save) -> tuple[Statistics, PassRes
     collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
     if request.super_weights:
         collectors["spikes"] = spikes
-    if request.attention:
-        refuse_existing_attention(task.output, overwrite=overwrite)
+    task.refuse_existing()
     settings = task.settings
     with open_stage(folder, IMATRIX, task.fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
+        writer = None
         if request.gram:
-            run = _run_grams(task, collectors, job)
+            run, writer = _run_grams(task, collectors, job)
         else:
             run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, collectors, job, task.how)
         refuse_changed(source)
+        task.refuse_existing()
+        job.begin_publishing()
+        if writer is not None:
+            writer.publish(task.output, overwrite=overwrite)
         if layers := attention.layers():
             save_attention(layers, task.output, overwrite=overwrite)
         elif request.attention:
@@ -160,10 +176,9 @@ def _collect(task: _Task, folder: Path, save: Save) -> tuple[Statistics, PassRes
     return statistics, run
 
 
-def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> PassResult:
-    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
+def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> tuple[PassResult, GramWriter]:
+    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk."""
     request, chunks, path = task.request, task.chunks, task.source.path
-    refuse_existing_grams(task.output, overwrite=task.settings.overwrite)
     _announce_grams(task, job)
     _, holdout = split_holdout(chunks.n_chunks, request.seed)
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
@@ -172,8 +187,7 @@ def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> Pa
         run = run_checkpoint(path, chunks.tokens, collectors, job, task.how, grams, writer)
     else:
         run = run_gguf_grams(path, chunks.tokens, collectors, job, task.how, grams, writer, gram_shapes(task.shapes, has_gradient=False))
-    writer.publish(task.output, overwrite=task.settings.overwrite)
-    return run
+    return run, writer
 
 
 def _announce_grams(task: _Task, job: Job) -> None:
@@ -206,6 +220,10 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     """
     request, settings = request or ImatrixRequest(), settings or Settings()
     output = _imatrix_path(model, output, request)
+    folder = settings.job_folder or job_folder(output)
+    sweep(folder)
+    if settings.resume and was_publishing(folder, IMATRIX):
+        settings = replace(settings, overwrite=True)
     refuse_existing(output, overwrite=settings.overwrite)
     if request.super_weights:
         refuse_bad_coverage(request.super_weight_coverage)
@@ -232,7 +250,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
     task = _Task(source, request, chunks, settings, output)
-    statistics, run = _collect(task, settings.job_folder or job_folder(output), save)
+    statistics, run = _collect(task, folder, save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
     return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps), found)
@@ -312,19 +330,28 @@ def made_importance(source: Source, request: ImatrixRequest, settings: Settings,
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
+    task = _Task(source, request, chunks, replace(settings, overwrite=True), cached)
+    folder = settings.job_folder or job_folder(cached)
     found = _load_cached(cached)
     if found is not None:
+        _drop_finished(task, folder)
         notes = [f"imatrix: taken from {cached}, made before from the same model and {text}", *_calibration_notes(chunks)]
     elif dry_run:
         planned = planned_importance(source)
         origin = replace(planned.origin, datasets=chunks.names, n_chunks=chunks.n_chunks)
         return replace(planned, origin=origin, notes=(f"imatrix: would be made from {text}",))
     else:
-        task = _Task(source, request, chunks, settings, cached)
-        found, run = _collect(task, settings.job_folder or job_folder(cached), lambda made, _: save_imatrix(made, cached, overwrite=True))
+        found, run = _collect(task, folder, lambda made, _: save_imatrix(made, cached, overwrite=True))
         notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
     coverage = check_coverage(found, source.tensors)
     return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])
+
+
+def _drop_finished(task: _Task, folder: Path) -> None:
+    """Remove what is left of a run that was killed just after it had kept its imatrix."""
+    if was_publishing(folder, IMATRIX):
+        with contextlib.suppress(UsageError), open_stage(folder, IMATRIX, task.fingerprint) as job:  # else it is another run's
+            job.clear()
 
 
 def _load_cached(path: Path) -> Statistics | None:

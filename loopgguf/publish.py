@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from loopgguf.feedback import (
     Compensate,
     Feedback,
     describe_feedback,
-    goes_by_layers,
+    kept_bytes,
     may_have_feedback,
     run_feedback,
     stored_feedback,
@@ -184,7 +185,7 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
     return {
         **model_fields(source, settings),
         "output": [path.name for path, _ in files],
-        "metadata": content_key(*(layout.header.hex() for _, layout in files)),
+        "metadata": content_key(*(hashlib.sha256(layout.header).hexdigest() for _, layout in files)),
         "plan": order.plan.hash,
         "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
         "compensate": order.compensate,
@@ -248,8 +249,10 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
 
     if basis.stored is not None:
         with_feedback(list(left), basis.stored)
-    elif basis.chunks is not None and any(may_have_feedback(job.row, is_tied=is_tied) for job in left.values()):
-        _run_pass(source, basis.chunks, encode_layer, {tensor_role(name).layer for name in left}, journal, settings)
+    elif basis.chunks is not None:
+        layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
+        if layers:
+            _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))
 
 
@@ -262,18 +265,20 @@ def _run_pass(
     settings: Settings,
 ) -> None:
     """Run the pass that gives the matrices of `layers`; where it goes layer by layer, it goes on from what lies in the job folder."""
-    is_streamed, work = goes_by_layers(source, chunks), journal.job.work
-    if is_streamed and not set(layers).isdisjoint(finished_layers(work)):  # a damaged tensor of a layer that it would not show again
+    n_bytes, work = kept_bytes(source, chunks), journal.job.work
+    if n_bytes and not set(layers).isdisjoint(finished_layers(work)):  # a damaged tensor of a layer that it would not show again
         shutil.rmtree(work)
         work.mkdir()
+    if n_bytes:
+        settings.announce(f"error feedback: up to {n_bytes:,} bytes of hidden states in {work} until it is done")
     run_feedback(
         source,
         chunks,
         encode_layer,
         n_threads=settings.n_threads,
         device=settings.device,
-        progress=journal.stopping(settings.progress, between_steps=is_streamed),
-        work=work if is_streamed else None,
+        progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
+        work=work if n_bytes else None,
     )
 
 

@@ -23,7 +23,7 @@ from loopgguf.checkpoint import CURRENT, Job, job_folder
 from loopgguf.compensate import Damping
 from loopgguf.container import PartFile, part_path, plan_layout, read_gguf
 from loopgguf.errors import InputError, Interrupted, OutputError, QualityError, UsageError
-from loopgguf.feedback import Compensate, goes_by_layers, run_feedback
+from loopgguf.feedback import Compensate, kept_bytes, run_feedback
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import QuantizeRequest
@@ -393,7 +393,7 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
     memory: with little of it the gradient pass goes block by block and is gone on with too.
     """
     if memory is not None:
-        monkeypatch.setattr(publish, "goes_by_layers", partial(goes_by_layers, max_memory_bytes=memory))
+        monkeypatch.setattr(publish, "kept_bytes", partial(kept_bytes, max_memory_bytes=memory))
         monkeypatch.setattr(publish, "run_feedback", partial(run_feedback, max_memory_bytes=memory))
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
     one = Settings(n_threads=1)
@@ -416,7 +416,7 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
 
 def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor that silently gets the plain encoder's bytes, for the pass has gone beyond its layer."""
-    monkeypatch.setattr(publish, "goes_by_layers", partial(goes_by_layers, max_memory_bytes=30 << 20))
+    monkeypatch.setattr(publish, "kept_bytes", partial(kept_bytes, max_memory_bytes=30 << 20))
     monkeypatch.setattr(publish, "run_feedback", partial(run_feedback, max_memory_bytes=30 << 20))
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
     one = Settings(n_threads=1)
