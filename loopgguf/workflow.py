@@ -6,11 +6,11 @@ Progress goes through a callback, what a user should know comes back in the resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import cache_path, content_key
+from loopgguf.checkpoint import cache_path, content_key, job_folder, sweep
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
@@ -63,8 +63,12 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     request, settings = request or QuantizeRequest(), settings or Settings()
     source, notes = open_model(model, settings)
     output = output or _foreseen_output(model, request)
-    if output is not None and not request.keep_split and not request.dry_run:  # before an imatrix is made for it
-        check_outputs(source, [output], (), overwrite=settings.overwrite)
+    folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
+    settings = replace(settings, job_folder=folder)
+    sweep(folder)
+    # before an imatrix is made for it; a job that was killed may have given it its name
+    if output is not None and not request.keep_split and not request.dry_run:
+        check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     return publish(source, resolved.order(request), output, settings, [*notes, *resolved.notes], dry_run=request.dry_run)
