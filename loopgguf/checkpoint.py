@@ -3,9 +3,10 @@
 The cache holds imatrix files, BF16 references and vocabulary proofs, each named by the fingerprint of everything it
 depends on, so that an entry is either exactly right or absent.
 
-A `Job` is a folder that one process at a time holds (`lock`). `save` writes each part of a state as
-`objects/SHA256.safetensors`, flushed, and then publishes a manifest as `CURRENT` in one step; the one before stays as
-`PREVIOUS`, and what neither needs is removed. So a kill at any moment, or a damaged newest state, loses one step.
+A command's job folder holds a `Job` for each of its stages: a folder that one process at a time holds (`lock`). `save`
+writes each part of a state as `objects/SHA256.safetensors`, flushed, and then publishes a manifest as `CURRENT` in one
+step; the one before stays as `PREVIOUS`, and what neither needs is removed. So a kill at any moment, or a damaged newest
+state, loses one step.
 No pickle: a part is named arrays, and facts are JSON.
 
 What an engine and an accumulator must offer for that (`collection.py` brings them together):
@@ -33,15 +34,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, Self
 
 import platformdirs
 from numpy.typing import NDArray
 
+from loopgguf.container import flush_folder
 from loopgguf.documents import parse_json
 from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
 from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
@@ -53,6 +55,8 @@ Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1
 CURRENT, PREVIOUS, LOCK, OBJECTS = "CURRENT", "PREVIOUS", "lock", "objects"
 TEMPORARY = "CURRENT.tmp"
+PUBLISHING = "PUBLISHING"  # is there while files of a finished job get their names
+IMATRIX, QUANTIZE = "imatrix", "quantize"  # the stages of a command
 WORK, SHARDS = "work", "shards"  # subfolders of an engine, and of results that are written as they come
 ENGINE = "engine"  # the part of a state that is the engine's own
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -85,9 +89,16 @@ def cache_path(kind: str, key: str, suffix: str) -> Path:
 def write_cached(path: Path, content: bytes) -> None:
     """Write a small cache entry at once: whole, or not at all. Raises OutputError when it cannot be written."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as stream:
-            stream.write(content)
-        Path(stream.name).replace(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as empty:
+            temporary = Path(empty.name)  # of its own, for two runs may write one entry at a time
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                _flush(stream)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise OutputError(f"cannot write the cache entry {path}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
 
@@ -127,17 +138,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"cannot write to job folder {path}: {error.strerror}; free some space or choose another folder with --job-folder") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flush(stream: IO[bytes]) -> None:
@@ -226,47 +226,28 @@ def _lock(path: Path) -> IO[bytes]:
         if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
             break
         stream.close()  # its last owner has removed it meanwhile
-    stream.truncate(0)
-    stream.write(f"{os.getpid()}\n".encode("ascii"))
-    stream.flush()
+    try:
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n".encode("ascii"))
+        stream.flush()
+    except OSError:
+        stream.close()
+        raise
     return stream
 
 
 # --- job ----------------------------------------------------------------------------------------------------------------
 
 
-class Job:
-    """A run that can be stopped and goes on: use it as a context, `load` first, `save` after each step, `finish` at the end.
+class StopRequest:
+    """While the context lasts, the first SIGINT or SIGTERM sets `should_stop`: what runs ends its step and raises Interrupted.
+    The second raises KeyboardInterrupt, a third ends the process (main thread only)."""
 
-    folder: made when missing; a folder with other content is refused. fingerprint: JSON-able fields that say exactly
-    what the result depends on (source, calibration, settings, versions). resume: go on from what the folder holds; when
-    False, that is thrown away. While the context lasts, the first SIGINT or SIGTERM sets `should_stop`, and the second
-    raises KeyboardInterrupt (main thread only). Entering raises UsageError when another live process holds the folder,
-    it is no job folder, or its fingerprint differs (naming the fields); OutputError when it cannot be written.
-    """
-
-    def __init__(self, folder: Path, fingerprint: Mapping[str, object], *, resume: bool = True) -> None:
-        self.folder, self.resume = folder, resume
-        self.fingerprint: Mapping[str, object] = json.loads(json.dumps(fingerprint))
+    def __init__(self) -> None:
         self.should_stop = False
-        self._lock: IO[bytes] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Job:
-        self._refuse_foreign()
-        with _explained(self.folder):
-            (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder / LOCK)
-        try:
-            if not self.resume:
-                self._clear()
-            self._compare()
-            if next(self._manifests(), None) is None:  # an engine's own files must never be taken for those of another job
-                with _explained(self.folder):
-                    self._publish(_Manifest(self.fingerprint, 0, {}, {}).encode())
-        except BaseException:
-            self._release()
-            raise
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
@@ -274,13 +255,58 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.should_stop:
+            for stop in STOP_SIGNALS:  # what cannot be interrupted is ended by the next one
+                signal.signal(stop, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.should_stop = True
+        logger.warning("stopping after this step; once more stops at once and loses the step")
+
+
+class Job(StopRequest):
+    """A run that can be stopped and goes on: use it as a context, `load` first, `save` after each step, `finish` at the end.
+
+    folder: made when missing; a folder with other content is refused. fingerprint: JSON-able fields that say exactly
+    what the result depends on (source, calibration, settings, versions). resume: go on from what the folder holds; when
+    False, that is thrown away. keep: leave the folder there when the job is finished. Entering raises UsageError when
+    another live process holds the folder, it is no job folder, or its fingerprint differs (naming the fields);
+    OutputError when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object], *, resume: bool = True, keep: bool = False) -> None:
+        super().__init__()
+        self.folder, self.resume, self.keep = folder, resume, keep
+        self.fingerprint: Mapping[str, object] = json.loads(json.dumps(fingerprint))
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        _refuse_foreign(self.folder, {CURRENT, PREVIOUS, TEMPORARY, PUBLISHING, LOCK, OBJECTS, WORK, SHARDS})
+        with _explained(self.folder):
+            (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder / LOCK)
+        try:
+            if not self.resume:
+                self.clear()
+            self._compare()
+            if next(self._manifests(), None) is None:  # an engine's own files must never be taken for those of another job
+                with _explained(self.folder):
+                    self._publish(_Manifest(self.fingerprint, 0, {}, {}).encode())
+        except BaseException:
+            self._release()
+            raise
+        return super().__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
         if not self._is_worth_keeping(error):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Tell whether there is something to go on from: finished steps, or what a stopped engine had before its first."""
-        if not any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+        if not _has_state(self.folder):
             return False
         newest = next(self._manifests(), None)
         has_begun = isinstance(error, Interrupted | KeyboardInterrupt) and any(self.work.iterdir())
@@ -301,30 +327,16 @@ class Job:
             (self.folder / name).mkdir(exist_ok=True)
         return self.folder / name
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.should_stop:
-            raise KeyboardInterrupt
-        self.should_stop = True
-        logger.warning("stopping after this step; once more stops at once and loses the step")
-
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def _refuse_foreign(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"job folder {self.folder} is a file: choose another folder with --job-folder")
-        content = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        foreign = content - {CURRENT, PREVIOUS, TEMPORARY, LOCK, OBJECTS, WORK, SHARDS}
-        if foreign:
-            raise UsageError(f"job folder {self.folder} has other content ({min(foreign)}): choose another folder with --job-folder")
-
     def _compare(self) -> None:
         """Raise UsageError naming the fields in which the newest manifest's fingerprint is not ours."""
         manifest = next(self._manifests(), None)
         if manifest is None:
-            if any((self.folder / name).exists() for name in (CURRENT, PREVIOUS)):
+            if _has_state(self.folder):
                 raise InputError(f"job folder {self.folder} is damaged: got no readable state. Start anew with --no-resume")
             return
         before, now = manifest.fingerprint, self.fingerprint
@@ -379,7 +391,7 @@ class Job:
         """Make `state` the one that the job goes on from, durably. Raises OutputError when it cannot be written."""
         with _explained(self.folder):
             parts = {name: self._store(arrays) for name, arrays in sorted(state.parts.items())}
-            _flush_folder(self.folder / OBJECTS)
+            flush_folder(self.folder / OBJECTS)
             self._publish(_Manifest(self.fingerprint, state.n_steps, parts, state.facts).encode())
             self._collect_garbage()
 
@@ -405,7 +417,7 @@ class Job:
         if current.exists():
             current.replace(self.folder / PREVIOUS)  # killed right here, the job goes on from PREVIOUS
         temporary.replace(current)
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
 
     def _collect_garbage(self) -> None:
         kept = {self._object(digest) for manifest in self._manifests() for digest in manifest.parts.values()}
@@ -418,17 +430,72 @@ class Job:
         if self.should_stop:
             raise Interrupted(f"interrupted after {done}; saved in {self.folder}. Run the same command again to go on")
 
-    def finish(self) -> None:
-        """Forget the state, so that the folder goes when the context ends: the result is published. Call it last."""
-        self._clear()
-
-    def _clear(self) -> None:
+    def begin_publishing(self) -> None:
+        """Take down that this job's files get their names now: when it is killed before `finish`, those that have one are its own."""
         with _explained(self.folder):
-            for name in (CURRENT, PREVIOUS, TEMPORARY):
+            (self.folder / PUBLISHING).touch()
+            flush_folder(self.folder)
+
+    def finish(self) -> None:
+        """Let the folder go when the context ends, unless it is to be kept: the result is published. Call it last."""
+        if not self.keep:
+            self.clear()
+        with _explained(self.folder):
+            (self.folder / PUBLISHING).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget the state and everything that was kept for it."""
+        with _explained(self.folder):
+            for name in (PREVIOUS, CURRENT, TEMPORARY):  # in this order: what is cut short leaves the newest, or none
                 (self.folder / name).unlink(missing_ok=True)
             for name in (OBJECTS, WORK, SHARDS):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / OBJECTS).mkdir()
+
+
+def _refuse_foreign(folder: Path, own: Collection[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"job folder {folder} is a file: choose another folder with --job-folder")
+    foreign = {path.name for path in folder.iterdir()}.difference(own) if folder.exists() else set()
+    if foreign:
+        raise UsageError(f"job folder {folder} has other content ({min(foreign)}): choose another folder with --job-folder")
+
+
+def job_folder(output: Path) -> Path:
+    """Return where a command that makes `output` keeps its unfinished work, where nothing else is said."""
+    return output.with_name(output.name.removesuffix(".gguf") + ".loopgguf-job")
+
+
+@contextlib.contextmanager
+def open_stage(folder: Path, stage: str, fingerprint: Mapping[str, object], *, resume: bool = True, keep: bool = False) -> Iterator[Job]:
+    """Open the job of one stage (`IMATRIX`, `QUANTIZE`) of what a command does, a folder of its own in the command's job
+    folder, which goes when nothing is left in it. Raises as `Job`."""
+    _refuse_foreign(folder, {IMATRIX, QUANTIZE})
+    try:
+        with Job(folder / stage, fingerprint, resume=resume, keep=keep) as job:
+            yield job
+    finally:
+        with contextlib.suppress(OSError):  # another stage's work is in it
+            folder.rmdir()
+
+
+def _has_state(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CURRENT, PREVIOUS))
+
+
+def was_publishing(folder: Path, stage: str) -> bool:
+    """Tell whether a job was killed while its files got their names: what lies there is to be replaced by the same."""
+    return (folder / stage / PUBLISHING).exists() and _has_state(folder / stage)
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a command's job folder what is left of jobs that were finished, and killed before they were gone."""
+    for stage in (folder / IMATRIX, folder / QUANTIZE):
+        if (stage / LOCK).exists() and not _has_state(stage):
+            with contextlib.suppress(UsageError), Job(stage, {}):  # else it has just begun
+                pass
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _short(value: object) -> str:

@@ -105,6 +105,14 @@ ParseSpecialOption = Annotated[bool, typer.Option("--parse-special", help="Read 
 SeedOption = Annotated[int, typer.Option("--seed", help="Chooses documents where there are more than asked for; a .txt alone is used from its start.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where torch runs a checkpoint folder; llama.cpp runs a GGUF on the CPU.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace an existing output.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run of the same request, or throw it away.")]
+JobFolderOption = Annotated[
+    Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .loopgguf-job; gone when finished.")
+]
+KeepJobOption = Annotated[bool, typer.Option("--keep-job", help="Leave the job folder there when the run is finished.")]
+FullHashOption = Annotated[
+    bool, typer.Option("--full-hash", help="Go on only with the very bytes of the model, not just files of the same size, time and header; reads them all.")
+]
 PreTokenizerOption = Annotated[
     str | None, typer.Option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.")
 ]
@@ -207,6 +215,10 @@ def _settings(
     max_memory: str = "",
     pre_tokenizer: str | None = None,
     device: Device = Device.CPU,
+    job_folder: Path | None = None,
+    resume: bool = True,
+    keep_job: bool = False,
+    full_hash: bool = False,
 ) -> Settings:
     from loopgguf.formats import parse_size
     from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
@@ -219,6 +231,10 @@ def _settings(
         overwrite=overwrite,
         pre_tokenizer=pre_tokenizer,
         device=device.value,
+        job_folder=job_folder,
+        resume=resume,
+        keep_job=keep_job,
+        full_hash=full_hash,
         progress=_ProgressBars(stack),
         announce=lambda line: _print_notes((line,)),
     )
@@ -429,10 +445,10 @@ def imatrix(
     output_format: Annotated[
         ImatrixForm | None, typer.Option("--output-format", help="Default: dat for a name that ends in .dat, else gguf.", case_sensitive=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run of the same request, or throw it away.")] = True,
-    job_folder: Annotated[
-        Path | None, typer.Option("--job-folder", help="Where an unfinished run is kept. Default: the output's name and .job; gone when finished.")
-    ] = None,
+    resume: ResumeOption = True,
+    job_folder: JobFolderOption = None,
+    keep_job: KeepJobOption = False,
+    full_hash: FullHashOption = False,
     device: DeviceOption = Device.CPU,
     max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
@@ -458,8 +474,6 @@ def imatrix(
         super_weight_coverage=_coverage(super_weight_coverage, "--super-weights", wanted=super_weights),
         in_files=tuple(in_file or ()),
         output_format=output_format.value if output_format else None,
-        resume=resume,
-        job_folder=job_folder,
     )
     if model is None:
         if not in_file:
@@ -468,9 +482,19 @@ def imatrix(
         _console().print(f"wrote {path}: {len(merged.columns)} tensors of {len(in_file)} files, {merged.n_chunks} chunks", markup=False)
         return
     with ExitStack() as stack:
-        result = compute_imatrix(
-            model, output, request, _settings(stack, threads, overwrite=overwrite, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory)
+        settings = _settings(
+            stack,
+            threads,
+            overwrite=overwrite,
+            pre_tokenizer=pre_tokenizer,
+            device=device,
+            max_memory=max_memory,
+            job_folder=job_folder,
+            resume=resume,
+            keep_job=keep_job,
+            full_hash=full_hash,
         )
+        result = compute_imatrix(model, output, request, settings)
     _print_notes(result.notes)
     run, console = result.run, _console()
     console.print(report.shares_table(result.chunks.shares))
@@ -580,6 +604,10 @@ def quantize(
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    resume: ResumeOption = True,
+    job_folder: JobFolderOption = None,
+    keep_job: KeepJobOption = False,
+    full_hash: FullHashOption = False,
     device: DeviceOption = Device.CPU,
     max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
@@ -608,7 +636,19 @@ def quantize(
         dry_run=dry_run,
     )
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory)
+        settings = _settings(
+            stack,
+            threads,
+            overwrite=overwrite,
+            max_buffer=max_buffer_size,
+            pre_tokenizer=pre_tokenizer,
+            device=device,
+            max_memory=max_memory,
+            job_folder=job_folder,
+            resume=resume,
+            keep_job=keep_job,
+            full_hash=full_hash,
+        )
         result = run(model, output, request, settings)
     _print_notes(result.notes)
     if as_json:
@@ -691,6 +731,8 @@ def convert(
     outtype: Annotated[OutType, typer.Option("--outtype", help="Type of the matrices; vectors and norms are F32.", case_sensitive=False)] = OutType.BF16,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
+    resume: ResumeOption = True,
+    job_folder: JobFolderOption = None,
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
@@ -700,7 +742,7 @@ def convert(
     from loopgguf.workflow import convert as run
 
     with ExitStack() as stack:
-        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer)
+        settings = _settings(stack, threads, overwrite=overwrite, max_buffer=max_buffer_size, pre_tokenizer=pre_tokenizer, job_folder=job_folder, resume=resume)
         result = run(model, output, outtype.value, dry_run=dry_run, settings=settings)
     _print_notes(result.notes)
     _print_written(result, verbose=verbose or dry_run)
@@ -838,7 +880,7 @@ def verify(
     console = _console()
     if result.relative_errors:
         console.print(report.recheck_table(result))
-    console.print(f"{file}: {result.n_tensors} tensors, {result.n_bytes:,} bytes of weights, all finite; it says: {result.sample_text!r}", markup=False)
+    console.print(report.recheck_line(result), markup=False)
 
 
 @app.command()

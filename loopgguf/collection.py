@@ -175,7 +175,7 @@ def run_checkpoint(
         finished.add(layer)
         steps.finished(len(finished), 0, may_stop=False)  # the engine ends the step after this, by publishing its states
 
-    progress = _stop_between_steps(job, how.progress, finished)
+    progress = stop_between_steps(job, how.progress, lambda: f"{len(finished)} layers")
     if grams is not None:
         return _run_grams(folder, chunks, collectors, how, grams, writer, progress, job.work, on_layer)
     return collect_from_checkpoint(
@@ -257,8 +257,9 @@ def _stop_at_once(job: Job, progress: Progress | None) -> Progress:
     return wrapped
 
 
-def _stop_between_steps(job: Job, progress: Progress | None, finished: set[int]) -> Progress:
-    """Return a progress callback that ends a pass, when the user has asked to stop, as soon as the engine has published a step."""
+def stop_between_steps(job: Job, progress: Progress | None, describe: Callable[[], str]) -> Progress:
+    """Return a progress callback that ends a pass, when the user has asked to stop, as soon as the engine has published a step
+    in the job's `work` folder. describe: says how far the job is."""
     before: set[str] = set()
 
     def wrapped(phase: str, done: int, total: int) -> None:
@@ -267,7 +268,7 @@ def _stop_between_steps(job: Job, progress: Progress | None, finished: set[int])
             progress(phase, done, total)
         published = {path.name for path in job.work.iterdir() if path.suffix != ".part"}
         if job.should_stop and published != before:
-            job.stop_if_asked(f"{len(finished)} layers")
+            job.stop_if_asked(describe())
         elif not job.should_stop:
             before = published
 

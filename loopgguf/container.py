@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -37,9 +38,11 @@ MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing NUL
 MAX_KEY_BYTES = 65535
 MAX_DIMS = 4
 LFS_POINTER = b"version https://git-lfs"
+_PIECE_BYTES = 1 << 20  # read at a time where bytes are hashed
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 _NO_PREALLOCATION = (errno.EINVAL, errno.EOPNOTSUPP)  # ZFS among others
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)  # some network file systems
 
 Shape = tuple[int, ...]
 Scalar = int | float | bool | str
@@ -469,9 +472,12 @@ def _lock(fd: int) -> None:
 
 
 def _open_alone(path: Path) -> int:
-    """Return a descriptor of the file at `path`, new or left over, locked; raises BlockingIOError when another run writes it."""
+    """Return a descriptor of the file at `path`, new or left over, locked; raises BlockingIOError when another run writes it.
+
+    A link there is not followed: what it leads to is somebody's file.
+    """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(fd)
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
@@ -482,17 +488,39 @@ def _open_alone(path: Path) -> int:
         os.close(fd)  # its last owner has renamed or removed it meanwhile
 
 
+def part_path(target: Path) -> Path:
+    """Return where a file lies until it gets its name."""
+    return target.with_name(target.name + ".part")
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 class PartFile:
     """A file being written as `NAME.part` beside its target; it gets its name only by `publish`.
 
     The part is locked, so that two runs on one output do not write into one another; one that a killed run left behind
-    is taken over. The disk is checked and the space reserved first. `write_at` may be called from any thread. Leaving
-    the block without `publish`, by an error or otherwise, removes the part: no partial output is ever left behind.
+    is taken over: its bytes too with `goes_on`, if it is of this size (`has_gone_on`), else they are zeros. The disk is
+    checked and the space reserved first. `write_at` and `sha256` may be called from any thread. Leaving the block without
+    `publish`, by an error or otherwise, removes the part, so that no partial output is left behind; unless `is_kept` has
+    been set, because there is something to go on from.
     """
 
-    def __init__(self, target: Path, total_bytes: int, *, overwrite: bool = False) -> None:
-        self.target, self.total_bytes, self.overwrite = target, total_bytes, overwrite
-        self.path = target.with_name(target.name + ".part")
+    def __init__(self, target: Path, total_bytes: int, *, overwrite: bool = False, goes_on: bool = False) -> None:
+        self.target, self.total_bytes, self.overwrite, self.goes_on = target, total_bytes, overwrite, goes_on
+        self.path = part_path(target)
+        self.has_gone_on = self.is_kept = False
         self._fd = -1
 
     def __enter__(self) -> PartFile:
@@ -505,18 +533,21 @@ class PartFile:
                 raise OutputError(f"output {self.target} is being written by another run: wait for it, or choose another name with -o") from error
         try:
             with _explained(self.path, "reserve space for"):
+                self.has_gone_on = self.is_kept = self.goes_on and os.fstat(self._fd).st_size == self.total_bytes > 0
                 self._reserve()
         except BaseException:
-            self.discard()
+            self.close()
             raise
         return self
 
     def _reserve(self) -> None:
-        """Give the part its size, all zeros, and the disk space for it where the file system can."""
-        os.ftruncate(self._fd, 0)  # a leftover's bytes count as free
+        """Give the part its size, zeros where it is new, and the disk space for it where the file system can."""
+        if not self.has_gone_on:
+            os.ftruncate(self._fd, 0)  # a leftover's bytes count as free
+        missing = self.total_bytes - min(self.total_bytes, getattr(os.fstat(self._fd), "st_blocks", 0) * 512)
         free = shutil.disk_usage(self.target.parent).free
-        if free < self.total_bytes:
-            raise OSError(errno.ENOSPC, f"{self.total_bytes} bytes needed, {free} free")
+        if free < missing:
+            raise OSError(errno.ENOSPC, f"{missing} bytes needed, {free} free")
         try:
             if self.total_bytes and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, 0, self.total_bytes)
@@ -533,39 +564,65 @@ class PartFile:
                 done = os.pwrite(self._fd, view, offset)
                 view, offset = view[done:], offset + done
 
+    def sha256(self, offset: int, n_bytes: int) -> str:
+        """Return the SHA-256 of these bytes of the part, read back, as hex; of fewer where the part ends before."""
+        digest = hashlib.sha256()
+        with _explained(self.path, "read"):
+            while n_bytes and (piece := os.pread(self._fd, min(n_bytes, _PIECE_BYTES), offset)):
+                digest.update(piece)
+                offset, n_bytes = offset + len(piece), n_bytes - len(piece)
+        return digest.hexdigest()
+
     def sync(self) -> None:
         """Force the bytes to the disk."""
         with _explained(self.path, "flush"):
             os.fsync(self._fd)
 
     def publish(self) -> None:
-        """Give the finished part its final name, atomically and durably."""
+        """Give the finished part its final name, atomically and durably; it keeps its own when that fails."""
         refuse_existing(self.target, overwrite=self.overwrite)
         with _explained(self.target, "publish"):
             self.path.replace(self.target)
-            self._close()  # and unlock: what lies at `path` from now on is not ours
-            folder = os.open(self.target.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                flush_folder(self.target.parent)
+            except OSError:
+                self.target.replace(self.path)
+                raise
+        self._unlock()  # what lies at `path` from now on is not ours
+
+    def take_back(self) -> None:
+        """Undo `publish`: a kept part is a part again, another is gone."""
+        if self.is_kept:
+            self.target.replace(self.path)
+        else:
+            self.target.unlink()
 
     def discard(self) -> None:
         """Remove the part and close it, unless it is published."""
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
-            self._close()
+            self._unlock()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the part: removed unless it is kept or published."""
+        if not self.is_kept:
+            self.discard()
+        elif self._fd >= 0:
+            self._unlock()
+
+    def _unlock(self) -> None:
         fd, self._fd = self._fd, -1
         os.close(fd)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.discard()
+        self.close()
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise OutputError when `target` is a folder, or exists and may not be overwritten."""
+    """Raise OutputError when `target` is a folder, is in what is none, or exists and may not be overwritten."""
+    above = next((path for path in target.parents if path.exists()), target.parent)
+    if above.exists() and not above.is_dir():
+        raise OutputError(f"cannot create {target}: {above} is no folder; choose another name with -o")
     if target.is_dir():
         raise OutputError(f"output {target} is a folder: give a file name with -o")
     if target.exists() and not overwrite:

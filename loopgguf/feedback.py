@@ -27,7 +27,7 @@ from loopgguf.curvature import Gram, GramSet
 from loopgguf.errors import InputError
 from loopgguf.formats import QUANTIZED_TYPES
 from loopgguf.grams import find_grams, load_grams
-from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
+from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
 from loopgguf.loss import PassResult
 from loopgguf.planner import PlanRow
 from loopgguf.progress import Progress
@@ -54,6 +54,16 @@ class Compensate(StrEnum):
         return FULL if is_full else FAST
 
 
+def may_have_feedback(row: PlanRow, *, is_tied: bool) -> bool:
+    """Tell whether a tensor is encoded with error feedback where there are matrices of it: one with an imatrix, or embeddings
+    that are not the head too."""
+    return row.uses_imatrix or _is_lookup(row, is_tied=is_tied)
+
+
+def _is_lookup(row: PlanRow, *, is_tied: bool) -> bool:
+    return row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES
+
+
 @dataclass(frozen=True)
 class Feedback:
     """What the encoders of one layer are told: its matrices on the tokens for use and on those held out."""
@@ -66,8 +76,7 @@ class Feedback:
 
         A tied embedding is the head too, which G0 says nothing of.
         """
-        is_embedding = row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES
-        if is_embedding:
+        if _is_lookup(row, is_tied=is_tied):
             return (lambda matrix: self._of_embedding()) if EMBEDDING in self.train.outputs else None
         if not row.uses_imatrix:
             return None
@@ -168,6 +177,12 @@ def describe_feedback(source: Source, compensate: Compensate, stored: Feedback |
     return f"error feedback: {effort}, under {basis}"
 
 
+def kept_bytes(source: Source, chunks: Chunks, max_memory_bytes: int) -> int:
+    """Return how many bytes of hidden states `run_feedback` keeps at most to go on from; 0 for a pass that starts anew, because
+    it does not go layer by layer."""
+    return plan_gradient_pass(source.path, *chunks.tokens.shape, max_memory_bytes=max_memory_bytes).stored_bytes if source.is_checkpoint else 0
+
+
 def run_feedback(
     source: Source,
     chunks: Chunks,
@@ -177,10 +192,12 @@ def run_feedback(
     device: str = "cpu",
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
     progress: Progress | None = None,
+    work: Path | None = None,
 ) -> PassResult:
     """Run the calibration chunks through a model, and `tell` the matrices of one layer after another, then (None) those of none.
 
-    Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
+    work: a folder for the `kept_bytes` of a pass that has any; the layers that it has finished there
+    (`hidden_states.finished_layers`) are not told again. Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
     """
     _, holdout = split_holdout(chunks.n_chunks, SEED)
 
@@ -200,6 +217,7 @@ def run_feedback(
             device=device,
             max_memory_bytes=max_memory_bytes,
             progress=progress,
+            work=work,
         )
     return collect_grams_from_gguf(
         source.path,

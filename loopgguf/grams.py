@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from loopgguf.accumulators import EMBEDDING, FloatArray
 from loopgguf.architectures import input_group
+from loopgguf.container import flush_folder, part_path
 from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet, GramStatistics, has_output_gram
 from loopgguf.documents import parse_object
 from loopgguf.errors import InputError, OutputError
@@ -158,7 +159,7 @@ def refuse_existing_grams(imatrix: Path, *, overwrite: bool) -> None:
 
 
 class GramWriter:
-    """A sink of layers' matrices: a finished shard each in `folder`, which `publish` gives their names beside the imatrix.
+    """A sink of layers' matrices: a finished shard each in `folder`, which `publish` gives names beside the imatrix too.
 
     folder: may hold shards of a job that goes on; a layer that comes again replaces its shard.
     """
@@ -195,7 +196,7 @@ class GramWriter:
             read_safetensors(self._shard(layer))
 
     def publish(self, imatrix: Path, *, overwrite: bool = False) -> list[Path]:
-        """Give the shards their names beside the imatrix and return them; older ones are removed. Raises OutputError."""
+        """Give the shards names beside the imatrix too, and return them; older ones are removed. Raises OutputError."""
         refuse_existing_grams(imatrix, overwrite=overwrite)
         shards = sorted(path for path in self.folder.iterdir() if path.suffix != ".part")
         names = [gram_path(imatrix, number, len(shards)) for number in range(1, len(shards) + 1)]
@@ -203,8 +204,19 @@ class GramWriter:
             for old in find_grams(imatrix):
                 old.unlink()
             for shard, name in zip(shards, names, strict=True):
-                shutil.move(shard, name)
+                _give_name(shard, name)
+            flush_folder(imatrix.absolute().parent)
         return names
+
+
+def _give_name(shard: Path, name: Path) -> None:
+    """Give a shard a second name, so that a job that is killed right after can do it again; or a copy, on another disk."""
+    try:
+        os.link(shard, name)
+    except OSError:
+        part = part_path(name)
+        shutil.copyfile(shard, part)
+        part.replace(name)
 
 
 @contextlib.contextmanager

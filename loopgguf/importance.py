@@ -6,6 +6,7 @@ is taken again from the user cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +17,14 @@ import numpy as np
 from loopgguf.accumulators import EMBEDDING, Extremes, Key, Spikes, split_holdout
 from loopgguf.attention import AttentionMass, refuse_existing_attention, save_attention
 from loopgguf.calibration import Chunks, describe_shortage
-from loopgguf.checkpoint import Job, cache_path, content_key
+from loopgguf.checkpoint import IMATRIX, Job, cache_path, content_key, job_folder, open_stage, sweep, was_publishing
 from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_checkpoint, run_gguf, run_gguf_grams
 from loopgguf.container import refuse_existing
 from loopgguf.curvature import gram_shapes
 from loopgguf.errors import InputError, UsageError
 from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
 from loopgguf.loss import PassResult
-from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model, refuse_same_file
+from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_fields, model_name, open_model, refuse_same_file
 from loopgguf.protection import (
     DEFAULT_COVERAGE,
     find_super_weights,
@@ -35,7 +36,7 @@ from loopgguf.protection import (
 )
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
 from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
-from loopgguf.source import Source
+from loopgguf.source import Source, refuse_changed
 from loopgguf.statistics import ColumnSums, ImatrixFormat, Statistics, check_coverage, describe_gaps, load_imatrix, merge, save_imatrix
 from loopgguf.super_weights import Found
 from loopgguf.version import __version__
@@ -63,8 +64,6 @@ class ImatrixRequest:
     super_weight_coverage: float = DEFAULT_COVERAGE  # of the mask
     in_files: tuple[Path, ...] = ()  # imatrices whose sums are added
     output_format: ImatrixFormat | None = None
-    resume: bool = True
-    job_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ class _Task:
         """What the statistics depend on, by names that a user understands."""
         request = self.request
         return {
-            "loopgguf version": __version__,
-            "model": self.source.fingerprint,
+            **model_fields(self.source, self.settings),
             "calibration text": self.chunks.fingerprint,
             "ctx-size": request.ctx_size,
             "samples": self.chunks.n_chunks,
@@ -131,11 +129,22 @@ class _Task:
             "seed": request.seed if request.gram else None,
         }
 
+    def refuse_existing(self) -> None:
+        """Raise OutputError when one of the files to be written exists and may not be overwritten."""
+        overwrite = self.settings.overwrite
+        refuse_existing(self.output, overwrite=overwrite)
+        if self.request.gram:
+            refuse_existing_grams(self.output, overwrite=overwrite)
+        if self.request.attention:
+            refuse_existing_attention(self.output, overwrite=overwrite)
+        if self.request.super_weights:
+            refuse_existing_protection(protection_paths(self.output)[0], overwrite=overwrite)
+
 
 Save = Callable[[Statistics, Mapping[Key, Extremes] | None], None]
 
 
-def _collect(task: _Task, job_folder: Path, save: Save) -> tuple[Statistics, PassResult]:
+def _collect(task: _Task, folder: Path, save: Save) -> tuple[Statistics, PassResult]:
     """Return the statistics, after `save` has written them; a run that was stopped goes on from the job folder.
 
     Gram matrices and attention, where asked for, are published beside the output before. `save` gets the extremes
@@ -146,13 +155,19 @@ def _collect(task: _Task, job_folder: Path, save: Save) -> tuple[Statistics, Pas
     collectors: dict[str, Collector] = {"columns": columns, **({"attention": attention} if request.attention else {})}
     if request.super_weights:
         collectors["spikes"] = spikes
-    if request.attention:
-        refuse_existing_attention(task.output, overwrite=overwrite)
-    with Job(job_folder, task.fingerprint, resume=request.resume) as job:
+    task.refuse_existing()
+    settings = task.settings
+    with open_stage(folder, IMATRIX, task.fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
+        writer = None
         if request.gram:
-            run = _run_grams(task, collectors, job)
+            run, writer = _run_grams(task, collectors, job)
         else:
             run = (run_checkpoint if source.is_checkpoint else run_gguf)(source.path, chunks.tokens, collectors, job, task.how)
+        refuse_changed(source)
+        task.refuse_existing()
+        job.begin_publishing()
+        if writer is not None:
+            writer.publish(task.output, overwrite=overwrite)
         if layers := attention.layers():
             save_attention(layers, task.output, overwrite=overwrite)
         elif request.attention:
@@ -163,10 +178,9 @@ def _collect(task: _Task, job_folder: Path, save: Save) -> tuple[Statistics, Pas
     return statistics, run
 
 
-def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> PassResult:
-    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk, and publish them."""
+def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> tuple[PassResult, GramWriter]:
+    """Run the pass that writes Gram matrices too, after seeing that they fit on the disk."""
     request, chunks, path = task.request, task.chunks, task.source.path
-    refuse_existing_grams(task.output, overwrite=task.settings.overwrite)
     _announce_grams(task, job)
     _, holdout = split_holdout(chunks.n_chunks, request.seed)
     grams = GramRequest(tuple(int(i) for i in holdout), request.seed if request.gradient else None)
@@ -175,8 +189,7 @@ def _run_grams(task: _Task, collectors: Mapping[str, Collector], job: Job) -> Pa
         run = run_checkpoint(path, chunks.tokens, collectors, job, task.how, grams, writer)
     else:
         run = run_gguf_grams(path, chunks.tokens, collectors, job, task.how, grams, writer, gram_shapes(task.shapes, has_gradient=False))
-    writer.publish(task.output, overwrite=task.settings.overwrite)
-    return run
+    return run, writer
 
 
 def _announce_grams(task: _Task, job: Job) -> None:
@@ -204,11 +217,15 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
 
     model: a checkpoint folder (run by torch, one decoder layer at a time) or a GGUF (run by llama.cpp). output: default
     `NAME.imatrix.gguf` in the current folder. What is done is kept in a job folder until then, and the same request goes
-    on from it. Raises InputError for a bad model or text, OutputError when the output exists or cannot be written,
+    on from it (`Settings.resume`). Raises InputError for a bad model or text, OutputError when the output exists or cannot be written,
     UsageError when the job folder is of another request or in use, Interrupted when the user stops it.
     """
     request, settings = request or ImatrixRequest(), settings or Settings()
     output = _imatrix_path(model, output, request)
+    folder = settings.job_folder or job_folder(output)
+    sweep(folder)
+    if settings.resume and was_publishing(folder, IMATRIX):
+        settings = replace(settings, overwrite=True)
     refuse_existing(output, overwrite=settings.overwrite)
     if request.super_weights:
         refuse_bad_coverage(request.super_weight_coverage)
@@ -235,7 +252,7 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
         save_imatrix(merged, output, overwrite=settings.overwrite, output_format=request.output_format)
 
     task = _Task(source, request, chunks, settings, output)
-    statistics, run = _collect(task, request.job_folder or output.with_name(output.name + ".job"), save)
+    statistics, run = _collect(task, folder, save)
     statistics = merge([statistics, *parts]) if parts else statistics
     gaps = describe_gaps(check_coverage(statistics, source.tensors))
     return ImatrixResult(output, statistics, run, chunks, (*notes, *_calibration_notes(chunks), *gaps), found)
@@ -310,27 +327,33 @@ def given_importance(source: Source, imatrix: Path) -> Importance:
 
 def made_importance(source: Source, request: ImatrixRequest, settings: Settings, *, dry_run: bool = False) -> Importance:
     """Return the statistics made before for the same model and text, or new ones, which are kept; a dry run makes none."""
-    request = replace(
-        request, process_output=False, gram=False, gradient=False, attention=False, super_weights=False, in_files=(), output_format=None, job_folder=None
-    )
+    request = replace(request, process_output=False, gram=False, gradient=False, attention=False, super_weights=False, in_files=(), output_format=None)
     chunks = calibration_chunks(source, request, settings)
     name = f"{model_name(source.path)}.imatrix.gguf"
     cached = cache_path("imatrix", content_key(__version__, source.fingerprint, chunks.fingerprint, request.ctx_size), ".imatrix.gguf")
     text = f"{', '.join(chunks.names)}, {chunks.n_chunks} chunks of {request.ctx_size} tokens"
+    task = _Task(source, request, chunks, replace(settings, overwrite=True), cached)
+    folder = settings.job_folder or job_folder(cached)
     found = _load_cached(cached)
     if found is not None:
+        _drop_finished(task, folder)
         notes = [f"imatrix: taken from {cached}, made before from the same model and {text}", *_calibration_notes(chunks)]
     elif dry_run:
         planned = planned_importance(source)
         origin = replace(planned.origin, datasets=chunks.names, n_chunks=chunks.n_chunks)
         return replace(planned, origin=origin, notes=(f"imatrix: would be made from {text}",))
     else:
-        job = cached.with_suffix(".job")
-        task = _Task(source, request, chunks, settings, cached)
-        found, run = _collect(task, job, lambda made, _: save_imatrix(made, cached, overwrite=True))
+        found, run = _collect(task, folder, lambda made, _: save_imatrix(made, cached, overwrite=True))
         notes = [f"imatrix: made from {text} (perplexity {run.perplexity:.4g}), kept as {cached}", *_calibration_notes(chunks)]
     coverage = check_coverage(found, source.tensors)
     return _describe(coverage.statistics, name, [*notes, *describe_gaps(coverage)])
+
+
+def _drop_finished(task: _Task, folder: Path) -> None:
+    """Remove what is left of a run that was killed just after it had kept its imatrix."""
+    if was_publishing(folder, IMATRIX):
+        with contextlib.suppress(UsageError), open_stage(folder, IMATRIX, task.fingerprint) as job:  # else it is another run's
+            job.clear()
 
 
 def _load_cached(path: Path) -> Statistics | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loopgguf.errors import UsageError
+from loopgguf.checkpoint import StopRequest
+from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
@@ -21,6 +22,7 @@ from loopgguf.planfile import check_plan, imatrix_digest, load_plan
 from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, budget_for_kld, describe_sized, plan_preset, plan_profile, plan_size, size_problem
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
+from loopgguf.progress import Progress
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
 from loopgguf.publish import Order, total_bytes
 from loopgguf.source import Source
@@ -188,17 +190,31 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
 
 def measure_table(source: Source, requests: Sequence[Request], importance: Importance | None, request: QuantizeRequest, settings: Settings) -> ErrorTable:
     """Return what types do to weights, under the importance and, for a checkpoint folder, the gradients of a request."""
-    return measure_errors(
-        requests,
-        importance.statistics if importance is not None else None,
-        source_fingerprint=source.fingerprint,
-        n_layer=read_facts(source.metadata).n_layer,
-        is_tied=all(tensor.name != OUTPUT for tensor in source.tensors),
-        gradients=find_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None,
-        sampling=Sampling(is_exact=request.exact_errors),
-        n_threads=settings.n_threads,
-        progress=settings.progress,
-    )
+    gradients = find_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None
+    with StopRequest() as stop:
+        return measure_errors(
+            requests,
+            importance.statistics if importance is not None else None,
+            source_fingerprint=source.fingerprint,
+            n_layer=read_facts(source.metadata).n_layer,
+            is_tied=all(tensor.name != OUTPUT for tensor in source.tensors),
+            gradients=gradients,
+            sampling=Sampling(is_exact=request.exact_errors),
+            n_threads=settings.n_threads,
+            progress=_stopping(settings, stop),
+        )
+
+
+def _stopping(settings: Settings, stop: StopRequest) -> Progress:
+    """Return a progress callback that ends the measuring of errors, tensor by tensor, when the user has asked to stop."""
+
+    def wrapped(phase: str, done: int, total: int) -> None:
+        if settings.progress is not None:
+            settings.progress(phase, done, total)
+        if stop.should_stop:
+            raise Interrupted(f"interrupted after the errors of {done} of {total} tensors; they are kept in the cache. Run the same command again to go on")
+
+    return wrapped
 
 
 def _resolve_saved(source: Source, path: Path, request: QuantizeRequest, settings: Settings) -> Resolved:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks, TextUse, default_text, load_chunks
 from loopgguf.chat import find_template
-from loopgguf.checkpoint import cache_path, content_key, write_cached
+from loopgguf.checkpoint import cache_path, content_key, file_sha256, write_cached
 from loopgguf.container import write_gguf
 from loopgguf.errors import InputError, OutputError, UsageError
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES
@@ -41,6 +41,9 @@ class Settings:
     max_memory_bytes: for hidden states, Gram matrices, and a model whose gradients are taken at once. device: `cpu`, `cuda`
     or `cuda:N`, where torch runs a checkpoint folder. progress: called with (phase, done, total).
     announce: called with a line that the user should read before the work it is about, such as the disk it needs.
+    job_folder: where unfinished work is kept, default beside the output; keep_job: also when it is finished; resume: go on
+    with what is there, or throw it away. full_hash: what is gone on with must be of these very bytes of the model, not
+    only of files of these sizes, times and headers.
     """
 
     n_threads: int = field(default_factory=default_threads)
@@ -49,6 +52,10 @@ class Settings:
     overwrite: bool = False
     pre_tokenizer: str | None = None
     device: str = "cpu"
+    job_folder: Path | None = None
+    resume: bool = True
+    keep_job: bool = False
+    full_hash: bool = False
     progress: Progress | None = None
     announce: Callable[[str], None] = lambda line: None
 
@@ -57,6 +64,12 @@ def model_name(model: Path) -> str:
     """Return the name a model goes by: its folder's or file's, without shard numbers and `.gguf`."""
     resolved = model.resolve()
     return resolved.name if resolved.is_dir() else resolved.name.removesuffix(".gguf").split("-00001-of-")[0]
+
+
+def model_fields(source: Source, settings: Settings) -> dict[str, object]:
+    """Return what a job's fingerprint says of a model; its bytes too where a full hash is asked for."""
+    bytes_ = {"model's bytes": content_key(*map(file_sha256, source.files))} if settings.full_hash else {}
+    return {"loopgguf version": __version__, "model": source.fingerprint, **bytes_}
 
 
 def refuse_same_file(output: Path, inputs: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ is the whole matrix. Publishes nothing and decides nothing; the plan says what a
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -57,12 +58,14 @@ class FeedbackLog:
 @dataclass(frozen=True)
 class TensorLog:
     """What happened to one tensor: the error of its sampled rows (encoded tensors only), importances that were floored,
-    error feedback where it was tried, and how the weights of the super weights' mask came out."""
+    error feedback where it was tried, how the weights of the super weights' mask came out, and the SHA-256 of its bytes in
+    the file."""
 
     sampled: SampledError | None = None
     n_floored: int = 0
     feedback: tuple[FeedbackLog, ...] = ()  # of its matrices, in the order they were done
     mask: MaskLog | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,29 @@ def _run(slab: _Slab) -> TensorLog:
     return TensorLog(SampledError(start, stop, relative_error(rows[inside], ggml.decode_rows(target, packed[inside]))), feedback=feedback, mask=mask)
 
 
+class _Countdown:
+    """How many slabs of each tensor are still to be written; asked from any thread."""
+
+    def __init__(self) -> None:
+        self._left: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def expect(self, name: str, n_slabs: int) -> None:
+        self._left[name] = n_slabs
+
+    def is_last(self, name: str) -> bool:
+        """Count one slab as written; tell whether it was the last."""
+        with self._lock:
+            self._left[name] -= 1
+            return self._left[name] == 0
+
+
+def _write(slab: _Slab, countdown: _Countdown) -> TensorLog:
+    """Run one slab; the log of a tensor's last one has the digest of the whole tensor, and no other has."""
+    log, info = _run(slab), slab.job.info
+    return replace(log, sha256=slab.job.part.sha256(info.offset, info.n_bytes)) if countdown.is_last(info.name) else log
+
+
 def _initialize_encoders(jobs: Iterable[Job]) -> None:
     """Build the tables of the types about to be encoded, once and from one thread."""
     for ggml_type in sorted({job.row.type for job in jobs if job.row.type is not job.tensor.type} - FLOAT_TYPES):
@@ -215,26 +241,31 @@ def execute(
     n_threads: int,
     max_buffer_bytes: int,
     progress: Progress | None = None,
+    on_tensor: Callable[[str, TensorLog], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Mapping[str, TensorLog]:
-    """Encode and write every tensor of `jobs`, and return the log of each by name.
+    """Encode and write every tensor of `jobs`, and return the log of each that was, by name.
 
     importances: name → mean squared activations (n_matrices, n_in) float32, or None; asked for rows that the plan
-    encodes with an imatrix. Raises InputError for NaN or infinite weights and values that F16 cannot hold,
+    encodes with an imatrix. on_tensor: called, from this thread, with the log of each tensor that is written. should_stop: when it
+    says so, no further tensor is begun. Raises InputError for NaN or infinite weights and values that F16 cannot hold,
     QualityError for non-finite block scales, OutputError when the disk is full; the first error stops the work.
     """
     _initialize_encoders(jobs)
-    logs: dict[str, TensorLog] = {job.row.name: TensorLog() for job in jobs}
-    left: Counter[str] = Counter()
+    logs: dict[str, TensorLog] = {}
+    countdown, left = _Countdown(), Counter[str]()
     n_done = 0
 
     def slabs() -> Iterator[_Slab]:
-        for job in jobs:
+        for job in itertools.takewhile(lambda _: not should_stop(), jobs):
             importance = importances(job.row.name) if job.row.uses_imatrix else None
             assert importance is not None or not job.row.uses_imatrix, f"the plan counts on imatrix data that {job.row.name} does not have"
+            n_floored = 0
             if importance is not None:
                 importance, n_floored = sanitize_importance(importance)
-                logs[job.row.name] = TensorLog(n_floored=n_floored)
+            logs[job.row.name] = TensorLog(n_floored=n_floored)
             cut = list(_slabs(job, importance, slab_weights(max_buffer_bytes, n_threads)))
+            countdown.expect(job.row.name, len(cut))
             left[job.row.name] = len(cut)
             yield from cut
 
@@ -242,26 +273,31 @@ def execute(
         nonlocal n_done
         name = slab.job.row.name
         log = logs[name]
-        logs[name] = replace(log, sampled=part.sampled or log.sampled, feedback=log.feedback + part.feedback, mask=add_masks(log.mask, part.mask))
+        feedback, mask = log.feedback + part.feedback, add_masks(log.mask, part.mask)
+        logs[name] = replace(log, sampled=part.sampled or log.sampled, feedback=feedback, mask=mask, sha256=part.sha256 or log.sha256)
         left[name] -= 1
         if left[name] == 0:
             n_done += 1
+            if on_tensor is not None:
+                on_tensor(name, logs[name])
             if progress is not None:
                 progress(name, n_done, len(jobs))
 
     # one BLAS thread per worker: the workers fill the cores, and a product's rounding must not depend on a thread count
     with ThreadPoolExecutor(n_threads) as pool, threadpool_limits(1, "blas"):
-        _drive(pool, slabs(), finish, depth=2 * n_threads)
+        _drive(pool, slabs(), lambda slab: _write(slab, countdown), finish, depth=2 * n_threads)
     return logs
 
 
-def _drive(pool: ThreadPoolExecutor, slabs: Iterator[_Slab], finish: Callable[[_Slab, TensorLog], None], depth: int) -> None:
+def _drive(
+    pool: ThreadPoolExecutor, slabs: Iterator[_Slab], write: Callable[[_Slab], TensorLog], finish: Callable[[_Slab, TensorLog], None], depth: int
+) -> None:
     """Keep `depth` slabs in flight until all are done; on an error, start nothing more and raise it."""
     running: dict[Future[TensorLog], _Slab] = {}
     try:
         while True:
             for slab in itertools.islice(slabs, depth - len(running)):
-                running[pool.submit(_run, slab)] = slab
+                running[pool.submit(write, slab)] = slab
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)

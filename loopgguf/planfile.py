@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.container import refuse_existing
+from loopgguf.container import write_file
 from loopgguf.documents import load_json
-from loopgguf.errors import InputError, OutputError, UsageError
+from loopgguf.errors import InputError, UsageError
 from loopgguf.formats import FORMATS, GgmlType, fits_row, tensor_bytes
 from loopgguf.planner import Plan, PlanRow
 from loopgguf.source import Tensor
@@ -92,7 +92,7 @@ def save_plan(saved: SavedPlan, path: Path, *, overwrite: bool = False) -> None:
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     rows = ",\n".join("  " + json.dumps(_row_document(row)) for row in plan.rows)
-    _write_text(path, "\n".join(["{", *lines, ' "rows": [', rows, " ]", "}", ""]), overwrite=overwrite)
+    write_file(path, "\n".join(["{", *lines, ' "rows": [', rows, " ]", "}", ""]).encode(), overwrite=overwrite)
 
 
 def save_tensor_types(plan: Plan, path: Path, *, overwrite: bool = False) -> None:
@@ -101,18 +101,7 @@ def save_tensor_types(plan: Plan, path: Path, *, overwrite: bool = False) -> Non
     Tensors that llama-quantize never quantizes are left out. Raises OutputError when it exists or cannot be written.
     """
     lines = [f"^{re.escape(row.name)}$={row.type.name.lower()}\n" for row in plan.rows if not row.reason.startswith("kept: ")]
-    _write_text(path, "".join(lines), overwrite=overwrite)
-
-
-def _write_text(path: Path, text: str, *, overwrite: bool) -> None:
-    refuse_existing(path, overwrite=overwrite)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}; check the folder and its permissions") from error
+    write_file(path, "".join(lines).encode(), overwrite=overwrite)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ to be kept; `Protection.pins` tells the encoders what that is. Encodes nothing b
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -311,6 +312,12 @@ class Protection:
     found: Found
     mask: Mask
     raised: Mapping[str, GgmlType] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the encoders are told of it depends on this."""
+        places = {name: hashlib.sha256(np.ascontiguousarray(indices, "<i8").tobytes()).hexdigest() for name, indices in self.mask.indices.items()}
+        return content_key(self.found.to_json(), places)
 
     def pins(self, tensor: Tensor) -> Pins:
         """Return what is kept of a tensor, by its rows."""

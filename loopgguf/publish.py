@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
-from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, plan_layout, refuse_existing, shard_path, string, uint32
-from loopgguf.errors import OutputError, UsageError
-from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, Compensate, Feedback, describe_feedback, run_feedback, stored_feedback
+from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
+from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32
+from loopgguf.errors import InputError, OutputError, QualityError, UsageError
+from loopgguf.feedback import (
+    MIN_TOKENS_PER_COLUMN,
+    Compensate,
+    Feedback,
+    describe_feedback,
+    kept_bytes,
+    may_have_feedback,
+    run_feedback,
+    stored_feedback,
+)
 from loopgguf.formats import QUANTIZED_TYPES
+from loopgguf.grams import find_grams
+from loopgguf.hidden_states import finished_layers
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
-from loopgguf.opening import Settings, refuse_same_file
-from loopgguf.pipeline import Job, KeptWeight, TensorLog, WriteResult, execute
+from loopgguf.journal import Journal, Parts, take_back
+from loopgguf.manifest import manifest_line, manifest_path, read_manifest
+from loopgguf.opening import Settings, model_fields, refuse_same_file
+from loopgguf.pipeline import Job as TensorJob
+from loopgguf.pipeline import KeptWeight, TensorLog, WriteResult, execute
+from loopgguf.planfile import imatrix_digest
 from loopgguf.planner import OUTPUT, Plan, PlanRow
 from loopgguf.protection import Protection, flat_row
 from loopgguf.report import names_text
-from loopgguf.source import Source, Tensor
+from loopgguf.source import Source, Tensor, refuse_changed
 from loopgguf.splits import tokens_sha256
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
@@ -112,26 +131,89 @@ def total_bytes(source: Source, order: Order) -> int:
 
 
 def check_outputs(source: Source, paths: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise OutputError for an output that is one of the inputs, a folder, or exists and may not be overwritten."""
+    """Raise OutputError for an output that exists and may not be overwritten, is a folder or one of the inputs, through links
+    too; or whose part or manifest is."""
     for path in paths:
-        refuse_same_file(path, (*source.files, *source.side_files, *inputs))
-        refuse_existing(path, overwrite=overwrite)
+        for written in (path, part_path(path), manifest_path(path)):
+            refuse_same_file(written, (*source.files, *source.side_files, *inputs))
+        for named in (path, manifest_path(path)):
+            refuse_existing(named, overwrite=overwrite)
 
 
 def publish(source: Source, order: Order, output: Path, settings: Settings, notes: Sequence[str], *, dry_run: bool = False) -> WriteResult:
     """Write an order as `output` and return what came of it; a dry run stops at the layout.
 
-    Raises OutputError for an output that exists, is an input, or cannot be written; errors of the encoders and QualityError as
-    `pipeline.execute` and `verify`. Nothing stays behind when anything fails.
+    What is finished is kept in a job folder until then, with the part files, and the same order goes on from it. Raises
+    OutputError for an output that exists, is an input, or cannot be written; UsageError when the job folder is of another
+    order or in use, Interrupted when the user stops it; errors of the encoders and QualityError as `pipeline.execute` and
+    `verify`, after which nothing stays behind.
     """
     files = lay_out(source, order, output)
     paths, n_bytes = tuple(path for path, _ in files), sum(layout.total_bytes for _, layout in files)
     if dry_run:
         return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
-    check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
-    written = _write(source, order, files, settings)
+    check_outputs(source, paths, order.inputs, overwrite=True)
+    basis = _find_basis(source, order, settings)
+    fingerprint = _fingerprint(source, order, files, basis, settings)
+    with open_stage(settings.job_folder or job_folder(output), QUANTIZE, fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
+        state = job.load()
+        if state is not None:
+            take_back(state, paths)
+        check_outputs(source, paths, order.inputs, overwrite=settings.overwrite)
+        with contextlib.ExitStack() as stack:
+            parts = [
+                (stack.enter_context(PartFile(path, layout.total_bytes, overwrite=settings.overwrite, goes_on=state is not None)), layout)
+                for path, layout in files
+            ]
+            journal = Journal(job, parts, state, n_threads=settings.n_threads)
+            try:
+                written = _write(source, order, basis, journal, settings)
+            except (InputError, OutputError) as error:
+                if not journal.n_saved:
+                    raise
+                raise type(error)(f"{error}. {journal.n_saved} finished tensors are kept in {job.folder.parent}: the same command goes on") from error
     notes = [*notes, *_describe_untried(order, written.logs)]
     return WriteResult(order.plan, paths, n_bytes, written.logs, written.seconds, written.sample_text, tuple(notes), super_weights=written.super_weights)
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What error feedback rests on: the matrices beside the imatrix, or else a pass over calibration text."""
+
+    stored: Feedback | None = None
+    chunks: Chunks | None = None
+
+
+def _find_basis(source: Source, order: Order, settings: Settings) -> _Basis:
+    if order.compensate is Compensate.OFF:
+        return _Basis()
+    stored = stored_feedback(order.imatrix)
+    settings.announce(describe_feedback(source, order.compensate, stored))
+    return _Basis(stored, calibration_chunks(source, order.calibration, settings) if stored is None else None)
+
+
+def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], basis: _Basis, settings: Settings) -> dict[str, object]:
+    """Return what the bytes of the output depend on, by names that a user understands."""
+    libraries = ["llama-cpp-python", "numpy", *([] if order.compensate is Compensate.OFF else ["numba", "scipy", "torch"])]
+    used = order.importance if order.importance is not None and order.importance.statistics is not None else None
+    return {
+        **model_fields(source, settings),
+        "output": [path.name for path, _ in files],
+        "metadata": content_key(*(hashlib.sha256(layout.header).hexdigest() for _, layout in files)),
+        "plan": order.plan.hash,
+        "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
+        "compensate": order.compensate,
+        "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
+        "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
+        "super weights": None if order.protection is None else order.protection.fingerprint,
+        "device": settings.device,
+        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
+        **{f"{name} version": importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def _files_key(paths: Sequence[Path]) -> str:
+    return content_key(*((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
 
 def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
@@ -146,54 +228,80 @@ def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
     return [f"error feedback: not tried on {len(untried)} of {len(quantized)} quantized tensors ({names_text(untried)}): {why}"]
 
 
-def _encode(source: Source, order: Order, parts: Sequence[tuple[PartFile, Layout]], settings: Settings) -> dict[str, TensorLog]:
-    """Encode and write all tensors: at once, or with error feedback each layer as soon as its matrices are known."""
+def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, settings: Settings) -> None:
+    """Encode and write the tensors that the journal does not have: at once, or with error feedback each layer as soon as its
+    matrices are known."""
     tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
-    left = {info.name: Job(tensors[info.name], rows[info.name], part, info) for part, layout in parts for info in layout.tensors}
+    left = {
+        info.name: TensorJob(tensors[info.name], rows[info.name], part, info)
+        for part, layout in journal.parts
+        for info in layout.tensors
+        if info.name not in journal.logs
+    }
     if order.protection is not None:
         left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.is_encoded else job for name, job in left.items()}
     is_tied = OUTPUT not in tensors
     effort = order.compensate.effort(source.n_weights)
-    logs: dict[str, TensorLog] = {}
 
-    def run(jobs: list[Job]) -> None:
-        logs.update(
-            execute(
-                jobs,
-                order.importance if order.importance is not None else lambda name: None,
-                n_threads=settings.n_threads,
-                max_buffer_bytes=settings.max_buffer_bytes,
-                progress=settings.progress,
-            )
+    def finished(name: str, log: TensorLog) -> None:
+        kept = order.reuse.logs[name] if order.reuse is not None and name in order.reuse.tensors else log
+        journal.finished(name, replace(kept, sha256=log.sha256))
+
+    def run(jobs: list[TensorJob]) -> None:
+        execute(
+            jobs,
+            order.importance if order.importance is not None else lambda name: None,
+            n_threads=settings.n_threads,
+            max_buffer_bytes=settings.max_buffer_bytes,
+            progress=settings.progress,
+            on_tensor=finished,
+            should_stop=lambda: journal.should_stop,
         )
+        journal.stop_if_asked()
 
     def with_feedback(names: list[str], feedback: Feedback) -> None:
         run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, names)])
 
     def encode_layer(layer: int | None, feedback: Feedback) -> None:
         with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
+        journal.save()  # the pass may forget the layer's matrices now
 
-    reused = {name: order.reuse.logs[name] for name in order.reuse.tensors} if order.reuse is not None else {}
     if order.reuse is not None:
-        run([replace(left.pop(name), tensor=tensor) for name, tensor in order.reuse.tensors.items()])
-    if order.compensate is not Compensate.OFF and left:
-        stored = stored_feedback(order.imatrix)
-        settings.announce(describe_feedback(source, order.compensate, stored))
-        if stored is not None:
-            with_feedback(list(left), stored)
-        else:
-            chunks = calibration_chunks(source, order.calibration, settings)
-            run_feedback(
-                source,
-                chunks,
-                encode_layer,
-                n_threads=settings.n_threads,
-                device=settings.device,
-                max_memory_bytes=settings.max_memory_bytes,
-                progress=settings.progress,
-            )
+        run([replace(left.pop(name), tensor=tensor) for name, tensor in order.reuse.tensors.items() if name in left])
+    if basis.stored is not None:
+        with_feedback(list(left), basis.stored)
+    elif basis.chunks is not None:
+        layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
+        if layers:
+            _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))
-    return logs | reused
+
+
+def _run_pass(
+    source: Source,
+    chunks: Chunks,
+    encode_layer: Callable[[int | None, Feedback], None],
+    layers: Collection[int | None],
+    journal: Journal,
+    settings: Settings,
+) -> None:
+    """Run the pass that gives the matrices of `layers`; where it goes layer by layer, it goes on from what lies in the job folder."""
+    n_bytes, work = kept_bytes(source, chunks, settings.max_memory_bytes), journal.job.work
+    if n_bytes and not set(layers).isdisjoint(finished_layers(work)):  # a damaged tensor of a layer that it would not show again
+        shutil.rmtree(work)
+        work.mkdir()
+    if n_bytes:
+        settings.announce(f"error feedback: up to {n_bytes:,} bytes of hidden states in {work} until it is done")
+    run_feedback(
+        source,
+        chunks,
+        encode_layer,
+        n_threads=settings.n_threads,
+        device=settings.device,
+        max_memory_bytes=settings.max_memory_bytes,
+        progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
+        work=work if n_bytes else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -206,8 +314,9 @@ class _Written:
     super_weights: tuple[KeptWeight, ...] | None
 
 
-def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], settings: Settings) -> _Written:
+def _write(source: Source, order: Order, basis: _Basis, journal: Journal, settings: Settings) -> _Written:
     """Encode, flush, verify and publish."""
+    parts = journal.parts
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -216,23 +325,38 @@ def _write(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], s
         yield
         seconds[phase] = time.perf_counter() - start
 
-    with contextlib.ExitStack() as stack:
-        parts = [(stack.enter_context(PartFile(path, layout.total_bytes, overwrite=settings.overwrite)), layout) for path, layout in files]
+    try:
         with timed("encode and write"):
             for part, layout in parts:
-                part.write_at(0, layout.header)
-            logs = _encode(source, order, parts, settings)
+                _write_frame(part, layout)
+            _encode(source, order, basis, journal, settings)
         with timed("fsync"):
             for part, _ in parts:
                 part.sync()
         with timed("verify"):
-            sample_text = _verify(source, parts, logs, settings)
+            logs = {row.name: journal.logs[row.name] for row in order.plan.rows}
+            sample_text, digests = _verify(source, parts, logs, settings)
             kept = None if order.protection is None else _read_back(order.protection, source, {row.name: row for row in order.plan.rows}, parts)
-        _publish_all([part for part, _ in parts])
+        refuse_changed(source)
+    except QualityError:
+        journal.give_up()
+        raise
+    journal.verified(digests)
+    _publish_all([part for part, _ in parts], digests, overwrite=settings.overwrite)
+    journal.finish()
     return _Written(logs, seconds, sample_text, kept)
 
 
-def _read_back(protection: Protection, source: Source, rows: Mapping[str, PlanRow], parts: Sequence[tuple[PartFile, Layout]]) -> tuple[KeptWeight, ...]:
+def _write_frame(part: PartFile, layout: Layout) -> None:
+    """Write what is not a payload: the header, and the padding behind each payload."""
+    part.write_at(0, layout.header)
+    ends = [info.offset for info in layout.tensors[1:]] + [layout.total_bytes]
+    for info, end in zip(layout.tensors, ends, strict=False):
+        if padding := end - info.offset - info.n_bytes:
+            part.write_at(info.offset + info.n_bytes, bytes(padding))
+
+
+def _read_back(protection: Protection, source: Source, rows: Mapping[str, PlanRow], parts: Parts) -> tuple[KeptWeight, ...]:
     """Return every super weight as the written file holds it."""
     places = {info.name: (part.path, info) for part, layout in parts for info in layout.tensors}
     tensors = {tensor.name: tensor for tensor in source.tensors}
@@ -245,33 +369,62 @@ def _read_back(protection: Protection, source: Source, rows: Mapping[str, PlanRo
     return tuple(kept)
 
 
-def _verify(source: Source, parts: Sequence[tuple[PartFile, Layout]], logs: Mapping[str, TensorLog], settings: Settings) -> str:
-    """Check each part as a reader would, then load and run the whole under its final names; return what it said."""
+def _verify(source: Source, parts: Parts, logs: Mapping[str, TensorLog], settings: Settings) -> tuple[str, dict[str, str]]:
+    """Check each part as a reader would, then load and run the whole under its final names; return what it said, and the SHA-256
+    of each part by its final name."""
+    digests = {}
     for part, layout in parts:
-        verify_file(part.path, layout, source.tensors, logs, n_threads=settings.n_threads, progress=settings.progress)
+        checked = verify_file(part.path, layout, source.tensors, logs, n_threads=settings.n_threads, progress=settings.progress)
+        digests[part.target.name] = checked.sha256
     with tempfile.TemporaryDirectory(prefix="loopgguf-") as folder:  # llama.cpp finds the shards of a model by their names
         links = [Path(folder) / part.target.name for part, _ in parts]
         for link, (part, _) in zip(links, parts, strict=True):
             link.symlink_to(part.path.resolve())
-        return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads)
+        return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads), digests
 
 
 def move_published(path: Path, target: Path) -> None:
-    """Give a published file another name, on the same disk; a file of that name is replaced."""
+    """Give a published file and its manifest another name, on the same disk; a file of that name is replaced."""
+    digest = read_manifest(path)
+    assert digest is not None, path
+    line = manifest_line(target, digest)
     try:
+        manifest_path(target).unlink(missing_ok=True)
         path.replace(target)
+        with PartFile(manifest_path(target), len(line), overwrite=True) as manifest:
+            manifest.write_at(0, line)
+            manifest.sync()
+            manifest.publish()
+        manifest_path(path).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept as {path}") from error
+        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept under one of these names") from error
 
 
-def _publish_all(parts: Sequence[PartFile]) -> None:
-    """Give all parts their names; where one fails, none keeps its name."""
-    published: list[Path] = []
-    try:
+def remove_published(path: Path) -> None:
+    """Remove a published file and its manifest, where they are."""
+    for name in (path, manifest_path(path)):
+        name.unlink(missing_ok=True)
+
+
+def _publish_all(parts: Sequence[PartFile], digests: Mapping[str, str], *, overwrite: bool) -> None:
+    """Give all parts their names, and each its manifest; where one fails, none keeps its name."""
+    published: list[PartFile] = []
+    with contextlib.ExitStack() as stack:
+        manifests = []
         for part in parts:
-            part.publish()
-            published.append(part.target)
-    except BaseException:
-        for path in published:
-            path.unlink(missing_ok=True)
-        raise
+            line = manifest_line(part.target, digests[part.target.name])
+            manifest = stack.enter_context(PartFile(manifest_path(part.target), len(line), overwrite=overwrite))
+            manifest.write_at(0, line)
+            manifest.sync()
+            manifests.append(manifest)
+        try:
+            for manifest in manifests:  # there is none of another file at any time
+                manifest.target.unlink(missing_ok=True)
+            for part in (*parts, *manifests):
+                part.publish()
+                published.append(part)
+        except BaseException:
+            for part in published:
+                with contextlib.suppress(OSError):  # where nothing can be renamed any more, the next run takes it back
+                    part.take_back()
+            raise

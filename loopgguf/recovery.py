@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loopgguf.allocation import Choice, improve
 from loopgguf.calibration import Chunks
+from loopgguf.checkpoint import job_folder
 from loopgguf.errors import QualityError, UsageError
 from loopgguf.errortable import ErrorTable, Request
 from loopgguf.evaluation import measure_quality
@@ -26,7 +27,7 @@ from loopgguf.intent import GATE_BYTES, QuantizeRequest, Resolved, measure_table
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
 from loopgguf.planner import Plan, free_requests, measured_types, with_type
-from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, total_bytes
+from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, remove_published, total_bytes
 from loopgguf.source import Source, open_source
 from loopgguf.splits import refuse_shared
 
@@ -149,7 +150,7 @@ class _Recovery:
         is_first = not self.steps
         path = self.aside if is_first else self.trial
         try:
-            result = publish(self.source, order, path, self.settings, ())
+            result = publish(self.source, order, path, self.settings if is_first else self._trial_settings, ())
             quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self.settings.progress)
             reading = read_quality(quality)
             is_better = is_first or self.gate.miss(reading) < self.gate.miss(self.reading)
@@ -157,9 +158,16 @@ class _Recovery:
             self.settings.announce(f"gate: {self.steps[-1]}")
             if is_better:
                 self.result, self.reading, self.n_scored = result, reading, quality.n_scored
-                move_published(path, self.aside)
+                if not is_first:
+                    move_published(path, self.aside)
         finally:
-            self.trial.unlink(missing_ok=True)
+            remove_published(self.trial)
+
+    @property
+    def _trial_settings(self) -> Settings:
+        """Further files keep their unfinished work apart from the first one's."""
+        folder = self.settings.job_folder or job_folder(self.output)
+        return replace(self.settings, job_folder=folder.with_name(f"{folder.name}.trial"), keep_job=False)
 
     def _reuse(self, plan: Plan) -> Reuse:
         """Return the tensors of the best file that the plan leaves as they are."""

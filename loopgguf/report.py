@@ -202,6 +202,13 @@ def recheck_table(result: Recheck) -> Table:
     return shown
 
 
+def recheck_line(result: Recheck) -> str:
+    """Return what a second check found, in words."""
+    n_files = len(result.paths)
+    digest = "no .sha256 to compare with" if not result.n_manifests else f"SHA-256 as in {result.n_manifests} of {n_files} .sha256"
+    return f"{result.paths[0]}: {result.n_tensors} tensors, {result.n_bytes:,} bytes of weights, all finite; {digest}; it says: {result.sample_text!r}"
+
+
 def recheck_json(result: Recheck) -> dict[str, object]:
     """Return what a second check found as JSON-able values."""
     errors = {name: {"type": ggml_type.name, "relative_error": error} for name, (ggml_type, error) in result.relative_errors.items()}
@@ -209,6 +216,7 @@ def recheck_json(result: Recheck) -> dict[str, object]:
         "paths": [str(path) for path in result.paths],
         "n_tensors": result.n_tensors,
         "n_bytes": result.n_bytes,
+        "n_manifests": result.n_manifests,
         "says": result.sample_text,
         "tensors": errors,
     }

@@ -110,6 +110,7 @@ class Source:
     fingerprint: str
     notes: tuple[str, ...] = ()
     side_files: tuple[Path, ...] = ()
+    take_fingerprint: Callable[[], str] = field(repr=False, compare=False, kw_only=True)  # of the files as they are now
 
     @property
     def n_weights(self) -> int:
@@ -132,6 +133,16 @@ def open_source(path: Path, *, pre_tokenizer: str | None = None) -> Source:
         return _open_gguf(path, pre_tokenizer)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}. Check the path and its permissions") from error
+
+
+def refuse_changed(source: Source) -> None:
+    """Raise InputError when the model's files are no longer those that were opened: what was read of them does not belong together."""
+    try:
+        now = source.take_fingerprint()
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or source.path} any more: {error.strerror}. Nothing was written; run again") from error
+    if now != source.fingerprint:
+        raise InputError(f"{source.path} changed while it was read: got other sizes, times or headers than at the start. Run again when it is complete")
 
 
 # --- reading rows --------------------------------------------------------------------------------------------------------
@@ -193,8 +204,11 @@ def _constant(name: str, values: NDArray[np.float32]) -> Tensor:
 # --- fingerprints --------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(shards: Iterable[tuple[Path, bytes]], side_files: Iterable[Path], *words: str) -> str:
-    """Return a sha256 in hex; each part is preceded by its length, so that no two lists of parts are alike."""
+def _fingerprint(shards: Iterable[tuple[Path, int]], side_files: Iterable[Path], *words: str) -> str:
+    """Return a sha256 in hex; each part is preceded by its length, so that no two lists of parts are alike.
+
+    shards: files of weights, with the bytes of their headers.
+    """
     digest = hashlib.sha256()
 
     def add(part: bytes) -> None:
@@ -202,10 +216,10 @@ def _fingerprint(shards: Iterable[tuple[Path, bytes]], side_files: Iterable[Path
 
     for word in words:
         add(word.encode())
-    for path, header in shards:
+    for path, header_bytes in shards:
         status = path.stat()
         add(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-        add(header)
+        add(_pread(path, 0, header_bytes).tobytes())
     for path in side_files:
         add(os.fsencode(path.name))
         with path.open("rb") as stream:
@@ -225,14 +239,16 @@ def _open_gguf(path: Path, pre_tokenizer: str | None) -> Source:
     metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith("split.")}
     tensors = [_gguf_tensor(file, info, shard) for shard, file in enumerate(files) for info in file.tensors]
     _refuse_no_model(path, metadata, tensors)
-    headers = ((file.path, _pread(file.path, 0, min(file.data_offset, file.size_bytes)).tobytes()) for file in files)
+    headers = [(file.path, min(file.data_offset, file.size_bytes)) for file in files]
+    take_fingerprint = partial(_fingerprint, headers, (), "gguf")
     return Source(
         path=path,
         is_checkpoint=False,
         metadata=metadata,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor_order(tensor.name))),
         files=tuple(file.path for file in files),
-        fingerprint=_fingerprint(headers, (), "gguf"),
+        fingerprint=take_fingerprint(),
+        take_fingerprint=take_fingerprint,
     )
 
 
@@ -263,6 +279,9 @@ def _open_checkpoint(folder: Path, pre_tokenizer: str | None) -> Source:
     tensors = sorted(_checkpoint_tensors(family, hyperparameters, config, weights), key=lambda tensor: tensor_order(tensor.name))
     vocabulary = read_vocabulary(folder, config, hyperparameters.n_vocab, pre_tokenizer)
     n_parameters = sum(tensor.n_rows * tensor.n_in for tensor in tensors)
+    side_files = _side_files(folder)
+    headers = [(path, 8 + len(header)) for path, header in zip(weights.files, weights.headers, strict=True)]
+    take_fingerprint = partial(_fingerprint, headers, side_files, "checkpoint", pre_tokenizer or "")
     card, card_notes = read_model_card(folder.resolve(), config.get("_name_or_path"), n_parameters)
     return Source(
         path=folder,
@@ -274,8 +293,9 @@ def _open_checkpoint(folder: Path, pre_tokenizer: str | None) -> Source:
         | dict(vocabulary.metadata),
         tensors=tuple(tensors),
         files=weights.files,
-        fingerprint=_fingerprint(zip(weights.files, weights.headers, strict=True), _side_files(folder), "checkpoint", pre_tokenizer or ""),
-        side_files=tuple(_side_files(folder)),
+        fingerprint=take_fingerprint(),
+        take_fingerprint=take_fingerprint,
+        side_files=tuple(side_files),
         notes=(*find_limitations(config, hyperparameters), *vocabulary.notes, *card_notes),
     )
 

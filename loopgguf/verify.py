@@ -1,6 +1,7 @@
 """The finished file, opened again: structure and sizes, finite values, sampled rows against the source, and it speaks.
 
-Everything is read back from the disk with pread in bounded slabs, so what is checked is what was written. Loading and
+Everything is read back from the disk with pread in bounded slabs, once from front to back, which gives the file's SHA-256
+too, so what is checked is what was written. Loading and
 generating happen in a child process (`python -m loopgguf.verify`), because llama.cpp aborts the process on some
 damage and a file decides how much memory it asks for; the child uses the C API only, so no chat template is compiled.
 Measures no quality (see `evaluation.py`) and changes nothing.
@@ -9,12 +10,14 @@ Measures no quality (see `evaluation.py`) and changes nothing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from loopgguf.container import GgufFile, Layout, TensorInfo, read_gguf, read_sha
 from loopgguf.errors import InputError, LoopggufError, QualityError
 from loopgguf.formats import FORMATS, INTEGER_TYPES, GgmlType, row_bytes
 from loopgguf.llama import Context, Model
+from loopgguf.manifest import manifest_path, read_manifest
 from loopgguf.pipeline import SAMPLED_ROWS, SampledError, TensorLog, relative_error
 from loopgguf.progress import Progress
 from loopgguf.source import Source, Tensor
@@ -36,11 +40,12 @@ _ERROR_TOLERANCE = 1e-6  # relative; both sides compute the same numbers from th
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked: tensors and payload bytes read back, tensors whose sampled rows match the source's."""
+    """What was checked: tensors and payload bytes read back, tensors whose sampled rows match the source's; and the file's SHA-256."""
 
     n_tensors: int
     n_bytes: int
     n_sampled: int
+    sha256: str
 
 
 # --- the bytes --------------------------------------------------------------------------------------------------------
@@ -70,13 +75,48 @@ def _read(fd: int, info: TensorInfo, start: int, n_bytes: int) -> ggml.ByteArray
     return np.frombuffer(data, np.uint8)
 
 
-def _check_values(fd: int, info: TensorInfo) -> None:
-    """Every weight or block scale is finite (`ggml_validate_row_data`), checked in slabs of whole blocks."""
+def _check_values(info: TensorInfo, data: ggml.ByteArray) -> None:
+    """Every weight or block scale in whole blocks of a tensor is finite (`ggml_validate_row_data`)."""
+    if info.type not in INTEGER_TYPES and not ggml.rows_are_valid(info.type, data):
+        raise QualityError(f"tensor {info.name}: got a NaN, an infinity or an invalid {info.type.name} block, expected finite values. Quantize again")
+
+
+def _slabs(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Yield start and size, in bytes of the payload, of slabs of whole blocks."""
     block_bytes = FORMATS[info.type].block_bytes
     step = _SLAB_BYTES // block_bytes * block_bytes
     for start in range(0, info.n_bytes, step):
-        if not ggml.rows_are_valid(info.type, _read(fd, info, start, min(step, info.n_bytes - start))):
-            raise QualityError(f"tensor {info.name}: got a NaN, an infinity or an invalid {info.type.name} block, expected finite values. Quantize again")
+        yield start, min(step, info.n_bytes - start)
+
+
+def _scan(path: Path, size_bytes: int, tensors: Sequence[TensorInfo], *, n_threads: int, progress: Progress | None) -> str:
+    """Read a file once from front to back, check all values, and return its SHA-256 as hex."""
+    digest, at = hashlib.sha256(), 0
+    running: deque[Future[None]] = deque()
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def skip_to(offset: int) -> None:
+        digest.update(os.pread(fd, offset - at, at))
+
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            for n_done, info in enumerate(sorted(tensors, key=lambda info: info.offset), 1):
+                skip_to(info.offset)
+                for start, n_bytes in _slabs(info):
+                    data = _read(fd, info, start, n_bytes)
+                    running.append(pool.submit(_check_values, info, data))
+                    digest.update(data.data)
+                    if len(running) > 2 * n_threads:
+                        running.popleft().result()
+                at = info.offset + info.n_bytes
+                if progress is not None:
+                    progress("verify", n_done, len(tensors))
+            skip_to(size_bytes)
+            while running:
+                running.popleft().result()
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
 
 
 def _read_rows(fd: int, info: TensorInfo, start: int, stop: int) -> ggml.ByteArray:
@@ -115,9 +155,8 @@ def _check_copied(fd: int, info: TensorInfo, tensor: Tensor) -> None:
         )
 
 
-def _check_tensor(fd: int, info: TensorInfo, tensor: Tensor, log: TensorLog) -> bool:
-    """Check one tensor; return whether rows of it were compared with the source's."""
-    _check_values(fd, info)
+def _check_rows(fd: int, info: TensorInfo, tensor: Tensor, log: TensorLog) -> bool:
+    """Compare rows of one tensor with the source's; return whether there were any to compare."""
     if log.sampled is not None:
         _check_encoded(fd, info, tensor, log.sampled)
     elif info.type is tensor.type:
@@ -142,20 +181,16 @@ def verify_file(
     not read back as they were written.
     """
     _check_structure(path, layout)
+    digest = _scan(path, layout.total_bytes, layout.tensors, n_threads=n_threads, progress=progress)
     sources = {tensor.name: tensor for tensor in tensors}
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     pool = ThreadPoolExecutor(n_threads)
-    n_sampled = 0
     try:
-        outcomes = pool.map(lambda info: _check_tensor(fd, info, sources[info.name], logs[info.name]), layout.tensors)
-        for n_done, was_sampled in enumerate(outcomes, 1):
-            n_sampled += was_sampled
-            if progress is not None:
-                progress("verify", n_done, len(layout.tensors))
+        n_sampled = sum(pool.map(lambda info: _check_rows(fd, info, sources[info.name], logs[info.name]), layout.tensors))
     finally:
         pool.shutdown(cancel_futures=True)
         os.close(fd)
-    return Verification(len(layout.tensors), sum(info.n_bytes for info in layout.tensors), n_sampled)
+    return Verification(len(layout.tensors), sum(info.n_bytes for info in layout.tensors), n_sampled, digest)
 
 
 # --- a file of any origin -----------------------------------------------------------------------------------------------
@@ -163,12 +198,14 @@ def verify_file(
 
 @dataclass(frozen=True)
 class Recheck:
-    """What was found of a finished file: its shards, tensors and payload bytes, the relative error ‖w − ŵ‖² / ‖w‖² of each
-    tensor against the model it was made from (empty where none was given), and what it said."""
+    """What was found of a finished file: its shards, tensors and payload bytes, how many shards have a manifest (which they
+    match), the relative error ‖w − ŵ‖² / ‖w‖² of each tensor against the model it was made from (empty where none was given),
+    and what it said."""
 
     paths: tuple[Path, ...]
     n_tensors: int
     n_bytes: int
+    n_manifests: int
     relative_errors: Mapping[str, tuple[GgmlType, float]]
     sample_text: str
 
@@ -193,11 +230,12 @@ def _compare(fd: int, info: TensorInfo, tensor: Tensor) -> float:
 
 
 def recheck(path: Path, source: Source | None = None, *, prompt: str, n_threads: int, progress: Progress | None = None) -> Recheck:
-    """Return what a finished GGUF (the first shard of a split one) is found to be: its structure, every value, and that it runs.
+    """Return what a finished GGUF (the first shard of a split one) is found to be: its structure, every value, its SHA-256
+    where there is a manifest, and that it runs.
 
-    source: the model it was made from, against which every weight is then compared. Raises InputError for a file that does
-    not read, QualityError naming the tensor for values that are not finite, tensors that the model has not, or an error
-    above that of zeros, and when llama.cpp cannot run it.
+    source: the model it was made from, against which every weight is then compared. Raises InputError for a file or manifest
+    that does not read, QualityError naming the tensor for values that are not finite, tensors that the model has not, or an
+    error above that of zeros; for another SHA-256; and when llama.cpp cannot run it.
     """
     files = read_shards(path)
     infos = [(file, info) for file in files for info in file.tensors]
@@ -205,25 +243,44 @@ def recheck(path: Path, source: Source | None = None, *, prompt: str, n_threads:
     if source is not None and (odd := {info.name for _, info in infos} ^ sources.keys()):
         raise QualityError(f"tensors of {path}: {min(odd)} is in only one of it and {source.path}, expected the same {len(sources)} in both")
 
-    def check(item: tuple[GgufFile, TensorInfo]) -> tuple[GgmlType, float] | None:
+    n_manifests = sum(_check_file(file, n_threads=n_threads, progress=progress) for file in files)
+    errors = {} if source is None else _compare_all([item for item in infos if item[1].type not in INTEGER_TYPES], sources, n_threads, progress)
+    text = speak(path, prompt, n_threads=n_threads)
+    return Recheck(tuple(file.path for file in files), len(infos), sum(info.n_bytes for _, info in infos), n_manifests, errors, text)
+
+
+def _check_file(file: GgufFile, *, n_threads: int, progress: Progress | None) -> bool:
+    """Check all values of a file, and its SHA-256 where there is a manifest; return whether there is."""
+    expected = read_manifest(file.path)
+    got = _scan(file.path, file.size_bytes, file.tensors, n_threads=n_threads, progress=progress)
+    if expected not in (None, got):
+        raise QualityError(
+            f"SHA-256 of {file.path}: got {got}, expected {expected} as in {manifest_path(file.path).name}. "
+            "It changed since it was made: make or download it again, or remove the manifest"
+        )
+    return expected is not None
+
+
+def _compare_all(
+    items: Sequence[tuple[GgufFile, TensorInfo]], sources: Mapping[str, Tensor], n_threads: int, progress: Progress | None
+) -> dict[str, tuple[GgmlType, float]]:
+    """Return type and relative error of every tensor, by name."""
+
+    def compare(item: tuple[GgufFile, TensorInfo]) -> float:
         file, info = item
         fd = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            if info.type not in INTEGER_TYPES:
-                _check_values(fd, info)
-            return (info.type, _compare(fd, info, sources[info.name])) if info.name in sources and info.type not in INTEGER_TYPES else None
+            return _compare(fd, info, sources[info.name])
         finally:
             os.close(fd)
 
-    errors = {}
+    errors: dict[str, tuple[GgmlType, float]] = {}
     with ThreadPoolExecutor(n_threads) as pool:
-        for n_done, ((_, info), error) in enumerate(zip(infos, pool.map(check, infos), strict=True), 1):
-            if error is not None:
-                errors[info.name] = error
+        for (_, info), error in zip(items, pool.map(compare, items), strict=True):
+            errors[info.name] = (info.type, error)
             if progress is not None:
-                progress("verify", n_done, len(infos))
-    text = speak(path, prompt, n_threads=n_threads)
-    return Recheck(tuple(file.path for file in files), len(infos), sum(info.n_bytes for _, info in infos), errors, text)
+                progress("compare", len(errors), len(items))
+    return errors
 
 
 # --- it speaks --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
+from loopgguf.checkpoint import job_folder, sweep
 from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
@@ -72,8 +73,12 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     source, notes = open_model(model, settings)
     selection = selection_chunks(source, request, gate, settings) if gate is not None and not request.dry_run else None
     output = output or _foreseen_output(model, request)
-    if output is not None and not request.keep_split and not request.dry_run:  # before an imatrix is made for it
-        check_outputs(source, [output], (), overwrite=settings.overwrite)
+    folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
+    settings = replace(settings, job_folder=folder)
+    sweep(folder)
+    # before an imatrix is made for it; a job that was killed may have given it its name
+    if output is not None and not request.keep_split and not request.dry_run:
+        check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
@@ -85,7 +90,7 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if gate is None or selection is None:
         result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
         return result if bpw >= LOW_BPW or request.dry_run else _with_collapse_check(result, known_reference(source), settings)
-    reference, said = reference_gguf(model, settings)
+    reference, said = reference_gguf(model, replace(settings, job_folder=None))
     gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
     gated = replace(gated, notes=(*notes, *said, *gated.notes))
     return gated if bpw >= LOW_BPW else _with_collapse_check(gated, reference, settings)
@@ -96,8 +101,9 @@ def _with_collapse_check(result: WriteResult, reference: Path | None, settings: 
     if reference is None:
         note = "not checked for collapse: there is no full-precision GGUF of this model yet; `loopgguf evaluate` makes one and checks"
         return replace(result, notes=(*result.notes, note))
-    collapse = check_collapse(result.paths[0], reference, n_threads=settings.n_threads)
-    return CheckedResult(**{**vars(result), "collapse": collapse})
+    notes = list(result.notes)
+    collapse = _collapse_of(result.paths[0], reference, notes, settings)
+    return CheckedResult(**{**vars(result), "notes": tuple(notes), "collapse": collapse})
 
 
 def _foreseen_output(model: Path, request: QuantizeRequest) -> Path | None:
@@ -271,7 +277,7 @@ def compare(
     measured = compare_measured(candidates, qualities, at)
     paths = [file.path for file in measured]
     results = [measure_task(task, paths, reference_path, n_threads=n_threads, progress=progress) for task in questions]
-    collapses = [_collapse_of(file, reference_path, notes, settings) for file in measured]
+    collapses = [_collapse_of(file.path, reference_path, notes, settings) if file.bpw < LOW_BPW else None for file in measured]
     return ComparisonResult(
         measured,
         reference,
@@ -299,12 +305,10 @@ def _texts_used_twice(name: str, source: Source, chunks: Chunks) -> list[str]:
     return notes
 
 
-def _collapse_of(file: ComparedFile, reference: Path, notes: list[str], settings: Settings) -> CollapseCheck | None:
-    """Return whether a file of few bits still writes; one that cannot be made to is a note, and what was measured stays."""
-    if file.bpw >= LOW_BPW:
-        return None
+def _collapse_of(path: Path, reference: Path, notes: list[str], settings: Settings) -> CollapseCheck | None:
+    """Return whether a file still writes; where it cannot be made to, that is a note, and what was made and measured stays."""
     try:
-        return check_collapse(file.path, reference, n_threads=settings.n_threads)
+        return check_collapse(path, reference, n_threads=settings.n_threads)
     except QualityError as error:
         notes.append(f"not checked for collapse: {error}")
         return None

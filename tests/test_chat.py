@@ -168,5 +168,5 @@ def test_the_child_neither_sees_our_secrets_nor_imports_what_lies_about(tmp_path
 def test_the_module_is_light():
     """Catches jinja2, numpy or torch imported by every command, and into the small memory of the child."""
     code = "import sys, loopgguf.chat; print([m for m in ('jinja2', 'numpy', 'torch', 'llama_cpp') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True, env=os.environ)
     assert json.loads(done.stdout) == []

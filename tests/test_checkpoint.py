@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,27 @@ import numpy as np
 import pytest
 
 from loopgguf import checkpoint
-from loopgguf.checkpoint import CURRENT, ENGINE, LOCK, OBJECTS, PREVIOUS, CacheKind, Job, State, Steps, cache_path, clear_cache, content_key, list_cache
+from loopgguf.checkpoint import (
+    CURRENT,
+    ENGINE,
+    IMATRIX,
+    LOCK,
+    OBJECTS,
+    PREVIOUS,
+    QUANTIZE,
+    CacheKind,
+    Job,
+    State,
+    Steps,
+    cache_path,
+    clear_cache,
+    content_key,
+    job_folder,
+    list_cache,
+    open_stage,
+    sweep,
+    was_publishing,
+)
 from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
 
 FINGERPRINT = {"source": "a" * 64, "n_ctx": 512, "texts": ["a.txt"]}
@@ -58,7 +79,9 @@ except Interrupted as error:
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(out), str(N_STEPS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), str(out), str(N_STEPS)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +379,71 @@ def test_the_cache_is_listed_and_cleared_by_kind(monkeypatch: pytest.MonkeyPatch
     assert list_cache() == [CacheKind("imatrix", 1, 3)]
     with pytest.raises(UsageError, match="got 'reference', expected one of imatrix"):
         clear_cache("reference")
+
+
+# --- the folder of a command ------------------------------------------------------------------------------------------
+
+
+def test_stages_lie_in_one_folder_that_goes_with_the_last(tmp_path: Path):
+    """Catches a folder that stays behind, one that goes with another stage's work in it, and a user's folder that is taken for one."""
+    folder = job_folder(tmp_path / "x.gguf")
+    assert folder.name == "x.loopgguf-job"
+    with open_stage(folder, IMATRIX, {"text": 1}) as job:
+        job.save(state(1))
+    with open_stage(folder, QUANTIZE, {"plan": 2}) as job:
+        job.save(state(2))
+        job.finish()
+    assert [path.name for path in folder.iterdir()] == [IMATRIX]
+    with open_stage(folder, IMATRIX, {"text": 1}) as job:
+        assert job.load() is not None
+        job.finish()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"has other content \(thesis.txt\)"), open_stage(folder, IMATRIX, {}):
+        raise AssertionError
+
+
+def test_a_finished_job_that_is_kept(tmp_path: Path):
+    """Catches a kept job whose files would be replaced by the next run without being asked."""
+    with open_stage(tmp_path / "job", IMATRIX, {}, keep=True) as job:
+        job.save(state(3))
+        job.begin_publishing()
+        assert was_publishing(tmp_path / "job", IMATRIX)
+        job.finish()
+    assert not was_publishing(tmp_path / "job", IMATRIX)
+    with open_stage(tmp_path / "job", IMATRIX, {}) as job:
+        got = job.load()
+        assert got is not None and got.n_steps == 3
+
+
+@pytest.mark.parametrize("name", [PREVIOUS, CURRENT])
+def test_a_job_that_is_killed_while_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Catches a state that is damaged by its removal, and a folder that nothing ever removes."""
+    folder, unlink = tmp_path / "job", Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=missing_ok)
+        if path.name == name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open_stage(folder, IMATRIX, {}) as job:
+        for n in (1, 2):
+            job.save(state(n))
+        job.begin_publishing()
+        patch.setattr(Path, "unlink", killed)
+        patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)  # the process is dead
+        job.finish()
+    sweep(folder)
+    assert folder.exists() == was_publishing(folder, IMATRIX) == (name == PREVIOUS)
+    with open_stage(folder, IMATRIX, {}) as job:
+        got = job.load()
+        assert (got.n_steps if got is not None else 0) == (2 if name == PREVIOUS else 0)
+
+
+def test_a_job_in_use_is_not_swept_away(tmp_path: Path):
+    """Catches the folder of another run, which has just begun, removed under its feet."""
+    with open_stage(tmp_path / "job", QUANTIZE, {}) as job:
+        unlinked = [(job.folder / name).unlink(missing_ok=True) for name in (CURRENT, PREVIOUS)]
+        sweep(tmp_path / "job")
+        assert unlinked and (job.folder / LOCK).exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import Disk
 
 from loopgguf import cli
 from loopgguf.calibration import default_text
@@ -201,7 +202,7 @@ def test_tasks_are_answered(run: Run, demo_gguf: Path, tmp_path: Path) -> None:
     assert refused.code == 3 and "line 1 of" in refused.error
 
 
-def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+def test_reports_are_written(run: Run, demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report of another run, one that replaces a file or an input unasked, and an error only after the work."""
     assert run("quantize", demo_gguf, "--quant-type", "Q8_0", "--no-imatrix", "-o", "a.gguf").code == 0
     arguments = ("evaluate", "a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2, "--report", "it's")
@@ -210,7 +211,9 @@ def test_reports_are_written(run: Run, demo_gguf: Path, demo_model: Path, tmp_pa
     document = json.loads(Path("it's.json").read_text(encoding="utf-8"))
     assert document["command"] == f"""loopgguf evaluate a.gguf --reference {demo_gguf} -c 64 --chunks 2 --report 'it'"'"'s'"""
     assert [file["name"] for file in document["files"]] == ["a.gguf"]
-    failed = run(*arguments[:-1], "/dev/null/r")
+    with monkeypatch.context() as patch:
+        Disk(fails={"posix_fallocate": errno.ENOSPC}).install(patch)
+        failed = run(*arguments[:-1], "r")
     assert failed.code == 4 and "Mean KLD" in failed.out, "what was measured is lost with the report"
     Path("it's.json").unlink()
     again = run(*arguments)
@@ -463,10 +466,10 @@ def test_a_stopped_imatrix_goes_on(run: Run, demo_gguf: Path, demo_model: Path, 
     arguments = ("imatrix", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64)
     assert run(*arguments, "-o", tmp_path / "whole.imatrix.gguf").code == 0
     monkeypatch.setattr(Job, "should_stop", property(lambda _job: True, lambda _job, _value: None), raising=False)
-    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.gguf.job")
+    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.loopgguf-job")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "work")
     _refused(run(*arguments, "--process-output", "-o", "a.imatrix.gguf"), 2, "process-output (was False, is True)", "--no-resume")
     assert run(*arguments, "-o", "a.imatrix.gguf").code == 0
     assert Path("a.imatrix.gguf").read_bytes() == (tmp_path / "whole.imatrix.gguf").read_bytes()
-    assert not Path("a.imatrix.gguf.job").exists()
+    assert not Path("a.imatrix.loopgguf-job").exists()

@@ -55,7 +55,7 @@ except Interrupted as error:
 def start(model: Path, folder: Path) -> subprocess.Popen[str]:
     np.save(folder / "chunks.npy", np.concatenate([CHUNKS] * 3))
     arguments = [model, folder / "job", folder / "out", folder / "chunks.npy"]
-    return subprocess.Popen([sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen([sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
 
 
 def kill_and_resume(model: Path, tmp_path: Path, n_kills: int, most_lines: int) -> None:

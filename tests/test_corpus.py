@@ -87,7 +87,7 @@ def test_a_document_too_large_is_refused(write, monkeypatch: pytest.MonkeyPatch)
 
 def test_standard_input_is_one_document(monkeypatch: pytest.MonkeyPatch):
     """Catches `-f -` that looks for a file named `-`, and a second one that finds nothing left."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo\n"), encoding="utf-8"))
     document = read_text(find_parts(["-"])[0][0], Counter())
     assert (document.name, document.text) == ("stdin", "one\ntwo")
     with pytest.raises(UsageError, match="twice"):

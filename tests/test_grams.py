@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,7 @@ def write(tmp_path: Path, header: GramHeader = HEADER) -> Path:
     writer(None, GramSet(outputs={"token_embd.weight": Gram(symmetric(5), 9)}), GramSet())
     writer(1, GramSet(), GramSet())
     assert writer.publish(imatrix) == [gram_path(imatrix, 1, 2), gram_path(imatrix, 2, 2)]
+    shutil.rmtree(tmp_path / "shards")  # as a finished job does
     return imatrix
 
 
@@ -146,6 +149,24 @@ def test_existing_shards_are_kept_or_replaced_as_a_whole(tmp_path: Path):
     writer.publish(imatrix, overwrite=True)
     assert find_grams(imatrix) == [gram_path(imatrix, 1, 1)]
     same(load_grams(imatrix).train, grams(3))
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_shards_are_published_again_by_a_job_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool):
+    """Catches shards that are gone from the job's folder when only some of them had got their names; and another disk."""
+    if not can_link:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    imatrix = tmp_path / "m.imatrix.gguf"
+    writer = GramWriter(tmp_path / "shards", HEADER)
+    writer(0, grams(1), grams(2))
+    writer(None, GramSet(outputs={"token_embd.weight": Gram(symmetric(5), 9)}), GramSet())
+    writer.publish(imatrix)
+    find_grams(imatrix)[1].unlink()
+    writer.publish(imatrix, overwrite=True)
+    shutil.rmtree(tmp_path / "shards")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in find_grams(imatrix)]
+    assert len(find_grams(imatrix)) == 2
+    same(load_grams(imatrix).holdout, grams(2))
 
 
 @pytest.mark.parametrize("what", ["none", "missing", "truncated", "other run", "two runs", "no header"])

@@ -116,7 +116,9 @@ def read(server: ThreadingHTTPServer, tmp_path: Path):
     def run(item: str, **settings: str) -> dict[str, Any]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run([sys.executable, "-c", SCRIPT, item], env={**kept, **own, **settings}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, item], env={**kept, **own, **settings}, capture_output=True, text=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == "", "a progress bar or a warning on the terminal"
         return json.loads(done.stdout)

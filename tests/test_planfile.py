@@ -117,5 +117,5 @@ def test_tensor_types_are_what_llama_quantize_reads(tmp_path: Path) -> None:
     assert [o.type for o in parse_overrides(lines)] == [T.Q6_K, T.Q4_0]
     with pytest.raises(OutputError, match="already exists"):
         save_tensor_types(SAVED.plan, tmp_path / "types.txt")
-    with pytest.raises(OutputError, match="cannot write"):
-        save_plan(SAVED, tmp_path / "absent" / "plan.json")
+    with pytest.raises(OutputError, match="cannot create"):
+        save_plan(SAVED, tmp_path / "types.txt" / "plan.json")

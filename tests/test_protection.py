@@ -57,7 +57,7 @@ def _tensor(name: str, values: np.ndarray) -> Tensor:
 
 
 def _source(*tensors: Tensor) -> Source:
-    return Source(Path("model.gguf"), False, {}, tensors, (), "of a test")
+    return Source(Path("model.gguf"), False, {}, tensors, (), "of a test", take_fingerprint=lambda: "of a test")
 
 
 def _model(seed: int = 0) -> tuple[Source, Statistics]:

@@ -10,12 +10,14 @@ import pytest
 from tiny_llama import write_tiny_llama
 
 from loopgguf import pipeline
+from loopgguf.checkpoint import file_sha256
 from loopgguf.container import read_gguf
 from loopgguf.errors import OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, GgmlType
 from loopgguf.gate import CheckedResult, Gate
 from loopgguf.importance import ImatrixRequest
+from loopgguf.manifest import read_manifest
 from loopgguf.planner import TypeRules, parse_overrides
 from loopgguf.source import open_source
 from loopgguf.workflow import QuantizeRequest, Settings, compare, quantize
@@ -69,7 +71,7 @@ def test_a_good_file_passes_as_it_is(model: Path, request_: QuantizeRequest, tex
     assert isinstance(result, CheckedResult)
     assert result.gate is not None
     assert [step.step for step in result.gate.steps] == ["as planned"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
     quantize(model, tmp_path / "plain.gguf", replace(request_, gate=None), SETTINGS)
     ours, plain = (open_source(tmp_path / name) for name in ("out.gguf", "plain.gguf"))
     assert all(np.array_equal(a.read_rows(0, a.n_rows), b.read_rows(0, b.n_rows)) for a, b in zip(ours.tensors, plain.tensors, strict=True))
@@ -106,10 +108,12 @@ def test_steps_come_in_order_until_the_gate_is_passed(model: Path, request_: Qua
     types = types_of(tmp_path / "out.gguf")
     assert types["blk.0.attn_q.weight"] is GgmlType.Q4_0
     n_free = sum(ggml_type is not GgmlType.F32 for ggml_type in types.values())
+    assert read_manifest(tmp_path / "out.gguf") == file_sha256(tmp_path / "out.gguf")
+    assert all(log.sampled is not None for name, log in result.logs.items() if types[name] is not GgmlType.F32)
     last = [names for names in encoded if names][-1]
     assert 0 < len(last) < n_free
     assert "blk.0.attn_q.weight" not in last
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
 
 
 def test_half_precision_comes_last(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
@@ -129,8 +133,8 @@ def test_what_cannot_pass_is_kept_aside(model: Path, request_: QuantizeRequest, 
     with pytest.raises(QualityError, match=r"not reached within 28,000 bytes. The best file is kept as .*out\.below-gate\.gguf") as failure:
         quantize(model, tmp_path / "out.gguf", request, SETTINGS)
     assert failure.value.exit_code == 1
-    (kept,) = tmp_path.iterdir()
-    assert kept.name == "out.below-gate.gguf"
+    kept, manifest = sorted(tmp_path.iterdir())
+    assert (kept.name, manifest.name) == ("out.below-gate.gguf", "out.below-gate.gguf.sha256")
     assert kept.stat().st_size <= 28_000
     assert len(read_gguf(kept).tensors) == 12
     with pytest.raises(OutputError, match="below-gate"):  # the next run does not throw it away either

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_sound_file_passes(written: Written, monkeypatch: pytest.MonkeyPatch, sl
     monkeypatch.setattr(verify, "_SLAB_BYTES", slab_bytes)
     told: list[tuple[str, int, int]] = []
     verify_file(written.path, written.layout, written.tensors, written.logs, n_threads=1, progress=lambda *step: told.append(step))
-    assert written.verify() == Verification(4, sum(info.n_bytes for info in written.layout.tensors), 4)
+    digest = hashlib.sha256(written.path.read_bytes()).hexdigest()
+    assert written.verify() == Verification(4, sum(info.n_bytes for info in written.layout.tensors), 4, digest)
     assert told == [("verify", i, 4) for i in range(1, 5)]
 
 

@@ -209,7 +209,7 @@ def test_gram_matrices_take_the_disk_that_was_announced(
     used = [0]
 
     def measure(_phase: str, _done: int, _total: int) -> None:
-        used.append(sum(path.stat().st_size for path in Path("a.imatrix.gguf.job").glob("work/*-of-*")))
+        used.append(sum(path.stat().st_size for path in Path("a.imatrix.loopgguf-job").glob("imatrix/work/*-of-*")))
 
     settings = Settings(progress=measure, announce=said.append)
     made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=16, ctx_size=128, gram=True, gradient=gradient), settings)
