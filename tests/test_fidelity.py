@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_weights_of_another_model_are_refused(models: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="NaN"):
         measure_tensor(make_tensor(W, GgmlType.Q8_0), make_tensor(np.full((2, 64), np.nan, np.float32), GgmlType.F32))
     source = open_source(models["near"])
-    fewer = type(source)(source.path, source.is_checkpoint, source.metadata, source.tensors[1:], source.files, source.fingerprint)
+    fewer = replace(source, tensors=source.tensors[1:])
     with pytest.raises(InputError, match="is in only one of it and"):
         measure_tensors(fewer, source, n_threads=1)
 
