@@ -131,6 +131,25 @@ def _fill(items: Sequence[Sequence[Choice]], picks: Sequence[int], budget_bytes:
         filled[i] = k
 
 
+def improve(items: Sequence[Sequence[Choice]], picks: Sequence[int], target_error: float, room_bytes: int | None) -> tuple[int, ...]:
+    """Return an allocation after the single changes that save most error per byte, one after another, until its error is at
+    most `target_error` or no other change saves any within `room_bytes` (None: any number) more bytes."""
+    improved = list(picks)
+    error, room = total(items, picks)[1], float("inf") if room_bytes is None else room_bytes
+    while error > target_error:
+        changes = [
+            (-saved / more if more > 0 else -float("inf"), i, k, more, saved)
+            for i, (item, pick) in enumerate(zip(items, improved, strict=True))
+            for k, choice in enumerate(item)
+            if (saved := item[pick].error - choice.error) > 0 and (more := choice.n_bytes - item[pick].n_bytes) <= room
+        ]
+        if not changes:
+            break
+        _, i, k, more, saved = min(changes)
+        improved[i], room, error = k, room - more, error - saved
+    return tuple(improved)
+
+
 def solve(items: Sequence[Sequence[Choice]], budget_bytes: int, max_states: int = MAX_STATES) -> Solution:
     """Return the allocation of least error whose bytes are at most `budget_bytes`, proven optimal where `gap` is 0.
 
@@ -146,6 +165,20 @@ def solve(items: Sequence[Sequence[Choice]], budget_bytes: int, max_states: int 
             picks = better
     n_bytes, error = total(items, picks)
     return Solution(picks, n_bytes, error, error if is_proven else min(relaxation.bound, error), relaxation.price)
+
+
+def smallest_budget(items: Sequence[Sequence[Choice]], target_error: float, tolerance: float = 1e-4) -> int | None:
+    """Return a budget for which `solve` finds an error of at most `target_error`, and `tolerance` (relative) less does not; None
+    where no budget does."""
+    low, high = reachable_bytes(items)
+    if solve(items, high).error > target_error:
+        return None
+    if solve(items, low).error <= target_error:
+        return low
+    while high - low > max(1, tolerance * low):
+        middle = (low + high) // 2
+        low, high = (low, middle) if solve(items, middle).error <= target_error else (middle, high)
+    return high
 
 
 def _excesses(item: Sequence[Choice], price: float, gap: float) -> list[tuple[int, int, float]]:

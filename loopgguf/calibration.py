@@ -39,6 +39,7 @@ _BYTES_PER_TOKEN = 16  # how much text is kept for a token; prose has 4, and whe
 _DOCUMENTS_AT_ONCE = 256  # how many conversations one child process renders
 
 Tokens = NDArray[np.int32]
+TextUse = Literal["calibration", "selection", "heldout"]  # of the texts that ship with the package
 
 
 class Vocabulary(Protocol):
@@ -90,7 +91,7 @@ class Chunks:
         return int(self.tokens.shape[1])
 
 
-def default_text(name: Literal["calibration", "heldout"]) -> Path:
+def default_text(name: TextUse) -> Path:
     """Return the path of a text that ships with the package: in a wheel beside the code, in a clone in `imatrix/`."""
     package = Path(__file__).parent
     packaged = package / "texts" / f"{name}.txt"

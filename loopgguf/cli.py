@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from loopgguf.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loopgguf.gate import Gate
     from loopgguf.pipeline import WriteResult
     from loopgguf.planner import TypeRules
     from loopgguf.super_weights import Found
@@ -124,6 +126,9 @@ ProfileOption = Annotated[
 QuantTypeOption = Annotated[str | None, typer.Option("--quant-type", "--outtype", "--ftype", help="One of llama-quantize's presets instead, such as Q4_K_M.")]
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="SIZE", help="The best file of at most this size, such as 3.2GB: types are chosen by error.")]
 BpwOption = Annotated[float | None, typer.Option("--target-bpw", metavar="BITS", help="The same, in bits per weight of the whole file.")]
+TargetKldOption = Annotated[
+    float | None, typer.Option("--target-kld", metavar="NATS", help="The smallest file whose estimated mean KLD is at most this; a checkpoint folder only.")
+]
 ExactOption = Annotated[bool, typer.Option("--exact-errors", help="Measure errors on all rows rather than on a sample.")]
 ImatrixOption = Annotated[
     Path | None, typer.Option("--imatrix", help="Importance matrix (GGUF or .dat). Default: made from the calibration text, or the one made before.")
@@ -143,6 +148,22 @@ EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, he
 TaskOption = Annotated[
     list[Path] | None,
     typer.Option("--task", metavar="FILE.jsonl", help="Questions with right answers: multiple choice, or last words. May be given several times."),
+]
+MaxKldOption = Annotated[
+    float | None,
+    typer.Option("--max-kld", metavar="NATS", help="Quality gate: mean KLD on the selection text at most this, else the file is made better."),
+]
+MaxPplOption = Annotated[str | None, typer.Option("--max-ppl-increase", metavar="2%", help="Quality gate: perplexity at most so much above the model's.")]
+MaxSizeOption = Annotated[
+    str | None, typer.Option("--max-size", metavar="SIZE", help="How large a file may become to pass its gate. Default: --size, else no limit.")
+]
+SelectionOption = Annotated[
+    list[Path] | None,
+    typer.Option("--selection-file", metavar="TEXT", help="Text the gate measures on, in neither the calibration nor the report. Default: one that ships."),
+]
+LevelsOption = Annotated[
+    str | None,
+    typer.Option("--levels", metavar="tensor,layer", help="Measure the error of each tensor's weights, and of each block's output on the same text, too."),
 ]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="NAME", help="Write NAME.json, NAME.md and NAME.html too.")]
 CoverageOption = Annotated[
@@ -252,10 +273,12 @@ def _measured(
     chunks: int | None,
     threads: int | None,
     tasks: list[Path] | None,
+    levels: str | None,
     name: Path | None,
     overwrite: bool,
 ) -> ComparisonResult:
     """Measure files; the name of the report that will be written is checked before the work."""
+    from loopgguf.fidelity import parse_levels
     from loopgguf.opening import refuse_same_file
     from loopgguf.reportfile import refuse_existing_report, report_paths
     from loopgguf.workflow import compare
@@ -271,6 +294,7 @@ def _measured(
             tuple(files or ()),
             baseline=baseline,
             tasks=tuple(tasks or ()),
+            levels=parse_levels(levels) if levels is not None else (),
             ctx_size=ctx_size,
             n_chunks=chunks,
             settings=_settings(stack, threads),
@@ -298,6 +322,21 @@ def _print_tasks(result: ComparisonResult) -> None:
         _console().print(report.tasks_table(result.tasks, [file.name for file in result.files]))
 
 
+def _print_levels(result: ComparisonResult) -> None:
+    """Print what was measured below the level of tokens, and whether files of few bits still write."""
+    from loopgguf import report
+
+    console = _console()
+    for file, collapse in zip(result.files, result.collapses, strict=True):
+        if collapse is not None:
+            console.print()
+            console.print(f"{file.name}: {collapse.verdict}", markup=False)
+    for file, fidelity in zip(result.files, result.fidelities, strict=True):
+        for table in report.fidelity_tables(fidelity, file.name if len(result.files) > 1 else ""):
+            console.print()
+            console.print(table)
+
+
 def _rules(tensor_type: list[str] | None, output_type: str | None, embedding_type: str | None, **flags: bool) -> TypeRules:
     from loopgguf.formats import parse_type
     from loopgguf.planner import TypeRules, parse_overrides
@@ -315,6 +354,7 @@ def _request(
     quant_type: str | None,
     size: str | None,
     target_bpw: float | None,
+    target_kld: float | None,
     imatrix: Path | None,
     plan: Path | None,
     rules: TypeRules,
@@ -326,7 +366,7 @@ def _request(
     from loopgguf.formats import parse_size
     from loopgguf.workflow import QuantizeRequest
 
-    intents = {"--quant-type": quant_type, "--size": size, "--target-bpw": target_bpw, "--plan": plan}
+    intents = {"--quant-type": quant_type, "--size": size, "--target-bpw": target_bpw, "--target-kld": target_kld, "--plan": plan}
     given = [f"{flag} {value}" for flag, value in intents.items() if value is not None]
     given += [f"--profile {profile}"] if profile is not None and (quant_type or plan) else []
     if len(given) > 1:
@@ -335,10 +375,12 @@ def _request(
         raise UsageError("--imatrix and --no-imatrix contradict each other: give one of them")
     if target_bpw is not None and not 0 < target_bpw <= MAX_BPW:
         raise UsageError(f"--target-bpw: got {target_bpw}, expected more than 0 and at most {MAX_BPW} bits per weight")
+    if target_kld is not None and not 0 < target_kld < math.inf:
+        raise UsageError(f"--target-kld: got {target_kld:g}, expected a mean KLD in nats above 0, such as 0.05")
     if plan is not None and (rules != type(rules)() or not use_imatrix):
         raise UsageError("--plan already says every type: leave out the options that choose types, or plan again with them")
     size_bytes = parse_size(size) if size is not None else None
-    return QuantizeRequest(profile, quant_type, size_bytes, target_bpw, plan, rules=rules, imatrix=imatrix, use_imatrix=use_imatrix)
+    return QuantizeRequest(profile, quant_type, size_bytes, target_bpw, target_kld, plan, rules=rules, imatrix=imatrix, use_imatrix=use_imatrix)
 
 
 def _coverage(given: float | None, option: str, *, wanted: bool) -> float:
@@ -357,6 +399,15 @@ def _super_budget(given: str | None, *, wanted: bool) -> int:
     if given is not None and not wanted:
         raise UsageError("--super-weight-budget says what --protect-super-weights may take: give both, or neither")
     return 0 if given is None or given.strip() == "0" else parse_size(given)
+
+
+def _gate(max_kld: float | None, max_ppl_increase: str | None, max_size: str | None, files: list[Path] | None) -> Gate | None:
+    from loopgguf.formats import parse_size
+    from loopgguf.gate import Gate, parse_percent
+
+    percent = parse_percent(max_ppl_increase, "--max-ppl-increase") if max_ppl_increase is not None else None
+    gate = Gate(max_kld, percent, parse_size(max_size) if max_size is not None else None, tuple(files or ()))
+    return None if gate == Gate() else gate
 
 
 def _print_found(found: Found) -> None:
@@ -514,6 +565,7 @@ def quantize(
     quant_type: QuantTypeOption = None,
     size: SizeOption = None,
     target_bpw: BpwOption = None,
+    target_kld: TargetKldOption = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="Execute a plan that `loopgguf plan` wrote.")] = None,
     exact_errors: ExactOption = False,
     imatrix_file: ImatrixOption = None,
@@ -545,6 +597,10 @@ def quantize(
         str | None,
         typer.Option("--super-weight-budget", metavar="SIZE", help="Bytes that raised types may take for the mask's sake. Default: 0.", show_default=False),
     ] = None,
+    max_kld: MaxKldOption = None,
+    max_ppl_increase: MaxPplOption = None,
+    max_size: MaxSizeOption = None,
+    selection_file: SelectionOption = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, to the byte, and write nothing.")] = False,
@@ -568,13 +624,14 @@ def quantize(
 
     rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
     request = replace(
-        _request(profile, quant_type, size, target_bpw, imatrix_file, plan_file, rules, use_imatrix=not no_imatrix),
+        _request(profile, quant_type, size, target_bpw, target_kld, imatrix_file, plan_file, rules, use_imatrix=not no_imatrix),
         calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
         compensate=Compensate(compensate),
         protect_super_weights=protect_super_weights,
         super_weight_coverage=_coverage(super_weight_coverage, "--protect-super-weights", wanted=protect_super_weights),
         super_weight_budget_bytes=_super_budget(super_weight_budget, wanted=protect_super_weights),
+        gate=_gate(max_kld, max_ppl_increase, max_size, selection_file),
         keep_split=keep_split,
         dry_run=dry_run,
     )
@@ -611,6 +668,7 @@ def plan(
     quant_type: QuantTypeOption = None,
     size: SizeOption = None,
     target_bpw: BpwOption = None,
+    target_kld: TargetKldOption = None,
     exact_errors: ExactOption = False,
     imatrix_file: ImatrixOption = None,
     no_imatrix: NoImatrixOption = False,
@@ -644,7 +702,7 @@ def plan(
             refuse_existing(path, overwrite=overwrite)
     rules = _rules(tensor_type, output_tensor_type, token_embedding_type, pure=pure, leave_output=leave_output_tensor, allow_requantize=allow_requantize)
     request = replace(
-        _request(profile, quant_type, size, target_bpw, imatrix_file, None, rules, use_imatrix=not no_imatrix),
+        _request(profile, quant_type, size, target_bpw, target_kld, imatrix_file, None, rules, use_imatrix=not no_imatrix),
         calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
         dry_run=True,
@@ -698,6 +756,7 @@ def evaluate(
     ctx_size: ContextOption = 512,
     chunks: EvaluatedChunksOption = None,
     task: TaskOption = None,
+    levels: LevelsOption = None,
     report_name: ReportOption = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
@@ -706,13 +765,17 @@ def evaluate(
     """Measure a GGUF against the model it was made from: perplexity, KLD and same top p on held-out text."""
     from loopgguf import report
 
-    result = _measured([candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite)
-    quality, tasks = result.files[0].quality, {"tasks": report.tasks_json(result.tasks)}
+    result = _measured(
+        [candidate], reference, file, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, levels=levels, name=report_name, overwrite=overwrite
+    )
+    quality, more = result.files[0].quality, {"tasks": report.tasks_json(result.tasks), **report.fidelity_json(result.fidelities[0])}
+    more["collapse"] = report.collapse_json(result.collapses[0])
     if as_json:
-        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality), **tasks})
+        _print_json({"candidate": candidate.name, "reference": reference.name, "texts": list(result.chunks.names), **report.quality_json(quality), **more})
     else:
         _console().print(report.quality_table(quality, f"{candidate.name} against {reference.name}: {report.scored_text(quality, result.chunks.names)}"))
         _print_tasks(result)
+        _print_levels(result)
     _write_report(result, report_name, threads, overwrite=overwrite)
 
 
@@ -725,6 +788,7 @@ def compare(
     chunks: EvaluatedChunksOption = None,
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="NAME", help="The file the others are compared with. Default: the first.")] = None,
     task: TaskOption = None,
+    levels: LevelsOption = None,
     report_name: ReportOption = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
@@ -734,15 +798,28 @@ def compare(
     from loopgguf import report
 
     result = _measured(
-        candidates, reference, file, baseline=baseline, ctx_size=ctx_size, chunks=chunks, threads=threads, tasks=task, name=report_name, overwrite=overwrite
+        candidates,
+        reference,
+        file,
+        baseline=baseline,
+        ctx_size=ctx_size,
+        chunks=chunks,
+        threads=threads,
+        tasks=task,
+        levels=levels,
+        name=report_name,
+        overwrite=overwrite,
     )
     if as_json:
         heading = {"reference": reference.name, "baseline": result.baseline, "texts": list(result.chunks.names)}
-        _print_json({**heading, "files": report.compared_json(result.files), "tasks": report.tasks_json(result.tasks)})
+        parts = zip(report.compared_json(result.files), result.fidelities, result.collapses, strict=True)
+        files = [{**file, **report.fidelity_json(fidelity), "collapse": report.collapse_json(collapse)} for file, fidelity, collapse in parts]
+        _print_json({**heading, "files": files, "tasks": report.tasks_json(result.tasks)})
     else:
         title = f"against {reference.name}: {report.scored_text(result.files[0].quality, result.chunks.names)}"
         _console().print(report.compared_table(result.files, result.baseline, title))
         _print_tasks(result)
+        _print_levels(result)
     _write_report(result, report_name, threads, overwrite=overwrite)
 
 

@@ -11,7 +11,6 @@ It judges nothing: what is good enough is decided by whoever asked.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from loopgguf.errors import InputError, QualityError, UsageError
 from loopgguf.llama import Context, Model
 from loopgguf.loss import first_scored
 from loopgguf.progress import Progress
+from loopgguf.splits import tokens_sha256
 
 Floats = NDArray[np.float64]
 Logits = NDArray[np.float32]
@@ -239,8 +239,7 @@ def measure_qualities(
             reference_logits = base.logits(chunk, number)
             for runner, scored in zip(ours, scores, strict=True):
                 scored.append(_score_chunk(pool, reference_logits, runner.logits(chunk, number), targets))
-    fingerprint = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
-    return [summarize(_concatenate(scored), n_chunks, n_ctx, fingerprint) for scored in scores]
+    return [summarize(_concatenate(scored), n_chunks, n_ctx, tokens_sha256(tokens)) for scored in scores]
 
 
 def measure_quality(candidate: Path, reference: Path, tokens: NDArray[np.int32], *, n_threads: int, progress: Progress | None = None) -> Quality:

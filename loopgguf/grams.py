@@ -29,7 +29,7 @@ from loopgguf.container import flush_folder, part_path
 from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet, GramStatistics, has_output_gram
 from loopgguf.documents import parse_object
 from loopgguf.errors import InputError, OutputError
-from loopgguf.safetensor import StoredTensor, read_array, read_safetensors, write_safetensors
+from loopgguf.safetensor import Deferred, StoredTensor, read_array, read_safetensors, write_safetensors
 
 Divided = Gram | FirstToken | Curvature
 
@@ -125,12 +125,16 @@ def _divisor(value: Divided) -> tuple[str, NDArray[Any]]:
     return "/tokens", np.array(value.n_tokens, np.int64)
 
 
-def _entries(grams: GramSet, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
+def _packed(gram: Gram) -> Deferred:
+    return Deferred(np.dtype(np.float32), (packed_size(len(gram.total)),), lambda: pack_triangle(gram.total))
+
+
+def _entries(grams: GramSet, prefix: str) -> Iterator[tuple[str, NDArray[Any] | Deferred]]:
     for what in (*MATRICES, *VECTORS, *CURVATURES):
         for key, value in getattr(grams, what).items():
             name, matrix = key if isinstance(key, tuple) else (key, None)
             label = f"{prefix}{what}.{name}" + ("" if matrix is None else f"#{matrix}")
-            yield label, pack_triangle(value.total) if isinstance(value, Gram) else value.total
+            yield label, _packed(value) if isinstance(value, Gram) else value.total
             suffix, divisor = _divisor(value)
             yield label + suffix, divisor
 

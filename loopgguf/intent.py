@@ -6,18 +6,20 @@ A preset, a profile, a size or a saved plan; the imatrix is given, made before, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.checkpoint import StopRequest
 from loopgguf.errors import Interrupted, UsageError
-from loopgguf.errortable import Sampling, measure_errors
+from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
+from loopgguf.gate import Gate
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks, find_sensitivities, given_importance, made_importance, planned_importance
 from loopgguf.opening import Settings, model_name
 from loopgguf.planfile import check_plan, imatrix_digest, load_plan
-from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, describe_sized, plan_preset, plan_profile, plan_size, size_problem
+from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, budget_for_kld, describe_sized, plan_preset, plan_profile, plan_size, size_problem
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.progress import Progress
@@ -27,6 +29,7 @@ from loopgguf.source import Source
 from loopgguf.super_weights import Mask
 
 DEFAULT_PROFILE = "balanced"
+GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a gate and its recovery add
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class QuantizeRequest:
     quant_type: str | None = None
     size_bytes: int | None = None
     target_bpw: float | None = None  # of the whole file
+    target_kld_nats: float | None = None  # that the smallest such file is estimated at
     plan: Path | None = None
     exact_errors: bool = False
     use_gradients: bool = True  # a checkpoint's, for the errors that a plan by size rests on
@@ -45,6 +49,7 @@ class QuantizeRequest:
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
+    gate: Gate | None = None  # what the finished file must reach
     protect_super_weights: bool = False
     super_weight_coverage: float = DEFAULT_COVERAGE
     super_weight_budget_bytes: int = 0  # that raised types may cost, for the mask's sake
@@ -83,23 +88,32 @@ def resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Res
     A dry run makes no imatrix: it plans with the one made before, or with what one would cover. Raises UsageError for
     what cannot be met, InputError for a bad imatrix, plan or calibration text.
     """
-    if not request.protect_super_weights:
+    if not _wants_protection(request):
         return _resolve(source, request, settings)
     _refuse_protection(request)
     return _protect(source, request, settings)
+
+
+def _wants_protection(request: QuantizeRequest) -> bool:
+    """Tell whether super weights are to be protected, by the request or by its profile."""
+    return request.protect_super_weights or (request.profile is not None and load_profile(request.profile).protect_super_weights)
 
 
 def _refuse_protection(request: QuantizeRequest) -> None:
     """Raise UsageError where protection contradicts the rest of a request."""
     refuse_bad_coverage(request.super_weight_coverage)
     if not request.use_imatrix:
-        raise UsageError("--protect-super-weights and --no-imatrix contradict each other: a weight is protected by its importance. Give one of them")
-    if request.super_weight_budget_bytes and _is_sized(request):
+        raise UsageError(
+            "--protect-super-weights (or a profile that asks for it) and --no-imatrix contradict each other: a weight is protected by its importance. "
+            "Give one of them"
+        )
+    if request.super_weight_budget_bytes and is_sized(request):
         raise UsageError("--super-weight-budget and a size contradict each other: the size says what the file may take. Give one of them")
 
 
-def _is_sized(request: QuantizeRequest) -> bool:
-    return request.size_bytes is not None or request.target_bpw is not None
+def is_sized(request: QuantizeRequest) -> bool:
+    """Tell whether a request's types are solved for, by a size or by an estimated KLD."""
+    return request.size_bytes is not None or request.target_bpw is not None or request.target_kld_nats is not None
 
 
 def _protect(source: Source, request: QuantizeRequest, settings: Settings) -> Resolved:
@@ -124,7 +138,7 @@ def _protect(source: Source, request: QuantizeRequest, settings: Settings) -> Re
         get = resolved.importance or (lambda _name: None)
         plan, protection, said = plan_protection(source, resolved.plan, protection, get, request.super_weight_budget_bytes)
         raised |= protection.raised
-        if not (_is_sized(request) and protection.raised):
+        if not (is_sized(request) and protection.raised):
             break
         types = {row.name: row.type for row in plan.rows}
         pins += tuple(Override(f"^{re.escape(name)}$", types[name]) for name in protection.raised)
@@ -136,7 +150,7 @@ def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Re
     if request.plan is not None:
         return _resolve_saved(source, request.plan, request, settings)
     given = given_importance(source, request.imatrix) if request.imatrix is not None else None
-    if _is_sized(request):
+    if is_sized(request):
         return _resolve_size(source, request, given, settings)
     if given is not None or not request.use_imatrix:
         return Resolved(_plan(source, request, given), given, given.notes if given is not None else ())
@@ -150,6 +164,11 @@ def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Re
 
 def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | None, settings: Settings) -> Resolved:
     """Measure what every type does to every tensor, and solve for the size."""
+    if request.target_kld_nats is not None and not (source.is_checkpoint and request.use_gradients):
+        raise UsageError(
+            f"--target-kld: {source.path.name} gives no gradients, without which errors are no KLD in nats. Give the checkpoint folder, or a --size and "
+            "--max-kld, which measures"
+        )
     importance = given or (made_importance(source, request.calibration, settings) if request.use_imatrix else None)
     profile = load_profile(request.profile) if request.profile is not None else None
     problem = size_problem(source.tensors, source.metadata, request.rules, importance.has if importance is not None else None, profile)
@@ -157,10 +176,24 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
     def measure_file(plan: Plan) -> int:
         return total_bytes(source, Resolved(plan, importance).order(request))
 
+    table = measure_table(source, problem.requests, importance, request, settings)
+    if request.target_kld_nats is not None:
+        budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
+    else:
+        budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
+    if request.gate is not None:
+        budget_bytes -= GATE_BYTES
+    sized = plan_size(problem, table, budget_bytes, measure_file)
+    notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
+    return Resolved(sized.plan, importance, notes, sized)
+
+
+def measure_table(source: Source, requests: Sequence[Request], importance: Importance | None, request: QuantizeRequest, settings: Settings) -> ErrorTable:
+    """Return what types do to weights, under the importance and, for a checkpoint folder, the gradients of a request."""
     gradients = find_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None
     with StopRequest() as stop:
-        table = measure_errors(
-            problem.requests,
+        return measure_errors(
+            requests,
             importance.statistics if importance is not None else None,
             source_fingerprint=source.fingerprint,
             n_layer=read_facts(source.metadata).n_layer,
@@ -170,10 +203,6 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
             n_threads=settings.n_threads,
             progress=_stopping(settings, stop),
         )
-    budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
-    sized = plan_size(problem, table, budget_bytes, measure_file)
-    notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
-    return Resolved(sized.plan, importance, notes, sized)
 
 
 def _stopping(settings: Settings, stop: StopRequest) -> Progress:

@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from loopgguf.calibration import Chunks, default_text, load_chunks
+from loopgguf.calibration import Chunks, TextUse, default_text, load_chunks
 from loopgguf.chat import find_template
 from loopgguf.checkpoint import cache_path, content_key, file_sha256, write_cached
 from loopgguf.container import write_gguf
@@ -128,7 +127,7 @@ def _vocabulary_file(source: Source) -> Iterator[Path]:
 def cut_text(
     source: Source,
     files: Sequence[str | Path],
-    default: Literal["calibration", "heldout"],
+    default: TextUse,
     ctx_size: int,
     n_chunks: int | None,
     settings: Settings,

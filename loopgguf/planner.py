@@ -16,12 +16,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
-from loopgguf.allocation import Choice, Solution, efficient, reachable_bytes, solve, total
+from loopgguf.allocation import Choice, Solution, efficient, reachable_bytes, smallest_budget, solve, total
 from loopgguf.architectures import tensor_role
 from loopgguf.container import Metadata, Shape, plan_layout, uint32
 from loopgguf.errors import UsageError
-from loopgguf.errortable import DEFAULT_TYPES, ErrorTable, Request, TypeDamage, candidate_types
+from loopgguf.errortable import DEFAULT_TYPES, Basis, ErrorTable, Request, TypeDamage, candidate_types
 from loopgguf.formats import (
     FLOAT_TYPES,
     FORMATS,
@@ -502,20 +503,10 @@ def _within_bounds(types: Sequence[GgmlType], name: str, bounds: Sequence[Rule])
     return kept
 
 
-def size_problem(
-    tensors: Sequence[Tensor],
-    metadata: Metadata,
-    rules: TypeRules | None = None,
-    has_importance: HasImportance | None = None,
-    profile: Profile | None = None,
-) -> SizeProblem:
-    """Return what has to be measured (`requests`) and solved to plan a size; arguments as for `plan_preset`.
-
-    Raises UsageError for rules that cannot be met.
-    """
-    rules = rules or TypeRules()
-    if rules.pure:
-        raise UsageError("--pure makes all tensors of one type, a size is met by mixing them: use --quant-type with --pure, or leave one out")
+def free_requests(
+    tensors: Sequence[Tensor], metadata: Metadata, rules: TypeRules, has_importance: HasImportance | None, profile: Profile | None = None
+) -> tuple[Request, ...]:
+    """Return the tensors whose type no rule and no profile names, each with the types it may have; arguments as for `plan_preset`."""
     facts = read_facts(metadata)
     is_tied = all(tensor.name != OUTPUT for tensor in tensors)
     pinned = _profile_pins(profile, tensors, facts.n_layer) if profile is not None else {}
@@ -533,9 +524,85 @@ def size_problem(
         return {**{r.tensor.name: (r.tensor.type, "free") for r in requests}, **pinned}
 
     _plan("size", 0, tensors, rules, has_importance, choose_rest, facts.architecture)
+    return tuple(requests)
+
+
+def size_problem(
+    tensors: Sequence[Tensor],
+    metadata: Metadata,
+    rules: TypeRules | None = None,
+    has_importance: HasImportance | None = None,
+    profile: Profile | None = None,
+) -> SizeProblem:
+    """Return what has to be measured (`requests`) and solved to plan a size; arguments as for `plan_preset`.
+
+    Raises UsageError for rules that cannot be met.
+    """
+    rules = rules or TypeRules()
+    if rules.pure:
+        raise UsageError("--pure makes all tensors of one type, a size is met by mixing them: use --quant-type with --pure, or leave one out")
+    requests = free_requests(tensors, metadata, rules, has_importance, profile)
     if not requests:
         raise UsageError("a size was asked for, but the rules given (--tensor-type and the like) leave no tensor free. Leave one of them out")
-    return SizeProblem(tensors, metadata, rules, has_importance, profile, tuple(requests))
+    return SizeProblem(tensors, metadata, rules, has_importance, profile, requests)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a size problem comes to for the solver, and back: choices, plans drawn from picks, and the bytes around them."""
+
+    problem: SizeProblem
+    table: ErrorTable
+    measure_file: Callable[[Plan], int]
+
+    @cached_property
+    def items(self) -> list[list[Choice]]:
+        return self.problem._items(self.table)
+
+    @cached_property
+    def choices(self) -> list[list[GgmlType]]:
+        return [[t for t, _ in measured_types(request, self.table)] for request in self.problem.requests]
+
+    @cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The picks of the smallest and of the largest file."""
+        sizes = [[choice.n_bytes for choice in item] for item in self.items]
+        return [item.index(min(item)) for item in sizes], [item.index(max(item)) for item in sizes]
+
+    def draw(self, picks: Sequence[int], intent: str, reason: str = "") -> Plan:
+        names = [request.tensor.name for request in self.problem.requests]
+        return self.problem.plan(intent, {n: types[k] for n, types, k in zip(names, self.choices, picks, strict=True)}, reason)
+
+    def reachable_bytes(self, intent: str) -> tuple[int, int]:
+        smallest, largest = (self.measure_file(self.draw(picks, intent)) for picks in self.ends)
+        return smallest, largest
+
+    def fixed_bytes(self, intent: str) -> int:
+        """What a file has besides the choices; the header's size depends on them only in whether it names an imatrix."""
+        return max(size - total(self.items, picks)[0] for size, picks in zip(self.reachable_bytes(intent), self.ends, strict=True))
+
+
+def _size_intent(budget_bytes: int) -> str:
+    return f"size {budget_bytes} bytes"
+
+
+def budget_for_kld(problem: SizeProblem, table: ErrorTable, target_nats: float, measure_file: Callable[[Plan], int]) -> int:
+    """Return the bytes of the smallest file whose estimated KLD is at most `target_nats`, for `plan_size`; within a ten-thousandth.
+
+    Raises UsageError where a tensor's error is no estimate of the KLD in nats, or where no file reaches the target.
+    """
+    without = [name for name, row in table.rows.items() if row.basis is not Basis.GRADIENTS]
+    if without:
+        raise UsageError(
+            f"--target-kld: got no gradients for {len(without)} of {len(table.rows)} tensors ({without[0]} among them), expected them for all: without, errors "
+            "are no KLD in nats. Give the checkpoint folder, or a --size and --max-kld, which measures"
+        )
+    frame = _Frame(problem, table, measure_file)
+    room = smallest_budget(frame.items, target_nats)
+    if room is None:
+        least = sum(min(choice.error for choice in item) for item in frame.items)
+        raise UsageError(f"--target-kld: got {target_nats:g}, expected at least {least:.3g}, the estimate of the best file under these rules")
+    return room + frame.fixed_bytes(_size_intent(10 * room))
 
 
 def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measure_file: Callable[[Plan], int]) -> SizedPlan:
@@ -544,34 +611,21 @@ def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measur
     table: the measured errors of `problem.requests`. measure_file: the exact bytes of the finished file (or files) of a
     plan, header and padding included. Raises UsageError naming the reachable interval when the budget is outside it.
     """
-    items = problem._items(table)
-    choices = [[t for t, _ in measured_types(request, table)] for request in problem.requests]
-    names = [request.tensor.name for request in problem.requests]
-    intent = f"size {budget_bytes} bytes"
-    reason = f"least error within {budget_bytes:,} bytes"
-
-    def draw(picks: Sequence[int]) -> Plan:
-        return problem.plan(intent, {n: types[k] for n, types, k in zip(names, choices, picks, strict=True)}, reason)
-
-    def overhead(picks: Sequence[int]) -> int:
-        return measure_file(draw(picks)) - total(items, picks)[0]
-
-    smallest, largest = ([sizes.index(pick(sizes)) for sizes in ([c.n_bytes for c in item] for item in items)] for pick in (min, max))
-    # the header's size depends on the plan only in whether it names an imatrix
-    fixed = max(overhead(smallest), overhead(largest))
-    reachable = measure_file(draw(smallest)), measure_file(draw(largest))
+    frame, intent = _Frame(problem, table, measure_file), _size_intent(budget_bytes)
+    items, choices, reason = frame.items, frame.choices, f"least error within {budget_bytes:,} bytes"
+    reachable = frame.reachable_bytes(intent)
     if not reachable[0] <= budget_bytes <= reachable[1]:
         raise UsageError(
             f"size: got {budget_bytes:,} bytes, expected {reachable[0]:,} to {reachable[1]:,}, which is what this model can be under these rules. "
             f"Ask for a size between, or change the rules"
         )
-    room = max(budget_bytes - fixed, reachable_bytes(items)[0])
+    room = max(budget_bytes - frame.fixed_bytes(intent), reachable_bytes(items)[0])
     solution = solve(items, room)
     preset, is_preset = _best_preset(problem, items, choices, room), False
     if preset is not None and preset[1].error < solution.error * (1 - _TIE):
         solution, is_preset = preset[1], True
         reason = f"preset {preset[0]}, estimated better than the solver's plan"
-    plan = _explain(draw(solution.picks), problem, table, solution)
+    plan = _explain(frame.draw(solution.picks, intent, reason), problem, table, solution)
     total_bytes = measure_file(plan)
     assert total_bytes <= budget_bytes, (total_bytes, budget_bytes)
     best = (preset[0], preset[1].error) if preset is not None else None

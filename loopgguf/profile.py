@@ -27,7 +27,7 @@ ROLES = (
     *("token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_gate"),
     *("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b", "ffn_gate", "ffn_up", "ffn_down"),
 )
-_PROFILE_KEYS = ("name", "description", "file_type", "default", "types", "rules")
+_PROFILE_KEYS = ("name", "description", "file_type", "default", "types", "protect_super_weights", "rules")
 _RULE_KEYS = ("role", "layers", "match", "type", "floor", "ceiling")
 _LAYER_KEYS = ("first", "last")
 
@@ -87,7 +87,8 @@ class Rule:
 class Profile:
     """An intent by rules: the first with a type that applies decides, else `default`; `file_type` goes to `general.file_type`.
 
-    types: the only ones that a plan by size may choose from; empty: all that are worth it.
+    types: the only ones that a plan by size may choose from; empty: all that are worth it. protect_super_weights: as if
+    it had been asked for.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Profile:
     default: GgmlType
     file_type: int
     types: tuple[GgmlType, ...] = ()
+    protect_super_weights: bool = False
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -127,6 +129,13 @@ def _type(data: Mapping[str, object], key: str, where: str) -> GgmlType:
         return parse_type(_text(data, key, where))
     except UsageError as error:
         raise UsageError(f"{key} in {where}: {error}") from None
+
+
+def _flag(data: Mapping[str, object], key: str, where: str) -> bool:
+    value = data.get(key, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{key} in {where}: got {_show(value)}, expected true or false")
+    return value
 
 
 def _types(value: object, where: str) -> tuple[GgmlType, ...]:
@@ -243,6 +252,7 @@ def parse_profile(text: str, where: str, name: str = "") -> Profile:
         default=default,
         file_type=_file_type(_text(keys, "file_type", where, default.name), where),
         types=_types(keys.get("types", []), where),
+        protect_super_weights=_flag(keys, "protect_super_weights", where),
     )
 
 

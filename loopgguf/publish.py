@@ -15,7 +15,7 @@ from pathlib import Path
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
-from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32
+from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32, write_file
 from loopgguf.errors import InputError, OutputError, QualityError, UsageError
 from loopgguf.feedback import (
     MIN_TOKENS_PER_COLUMN,
@@ -32,7 +32,7 @@ from loopgguf.grams import find_grams
 from loopgguf.hidden_states import finished_layers
 from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.journal import Journal, Parts, take_back
-from loopgguf.manifest import manifest_line, manifest_path
+from loopgguf.manifest import manifest_line, manifest_path, read_manifest
 from loopgguf.opening import Settings, model_fields, refuse_same_file
 from loopgguf.pipeline import Job as TensorJob
 from loopgguf.pipeline import KeptWeight, TensorLog, WriteResult, execute
@@ -40,11 +40,25 @@ from loopgguf.planfile import imatrix_digest
 from loopgguf.planner import OUTPUT, Plan, PlanRow
 from loopgguf.protection import Protection, flat_row
 from loopgguf.report import names_text
-from loopgguf.source import Source, refuse_changed
+from loopgguf.source import Source, Tensor, refuse_changed
+from loopgguf.splits import tokens_sha256
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Tensors of a file that was written before from the same source, encoded as they are planned again, and the logs of that file."""
+
+    tensors: Mapping[str, Tensor]
+    logs: Mapping[str, TensorLog]
+
+    @property
+    def kept_logs(self) -> dict[str, TensorLog]:
+        """The logs of the tensors that are taken over."""
+        return {name: self.logs[name] for name in self.tensors}
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Order:
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     protection: Protection | None = None
     keep_split: bool = False
+    selection: Chunks | None = None  # the text it must pass a gate on
+    reuse: Reuse | None = None
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
 
 
@@ -78,6 +94,9 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     metadata["loopgguf.plan_hash"] = string(plan.hash)
     if order.compensate is not Compensate.OFF:
         metadata["loopgguf.compensate"] = string(order.compensate)
+    if order.selection is not None:
+        metadata["loopgguf.selection.dataset"] = string(", ".join(order.selection.names))
+        metadata["loopgguf.selection.sha256"] = string(tokens_sha256(order.selection.tokens))
     if order.protection is not None:
         metadata["loopgguf.super_weights"] = string("protected")
     return metadata
@@ -248,6 +267,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
         journal.save()  # the pass may forget the layer's matrices now
 
+    if order.reuse is not None:
+        run([replace(left.pop(name), tensor=tensor) for name, tensor in order.reuse.tensors.items() if name in left])
     if basis.stored is not None:
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
@@ -314,7 +335,7 @@ def _write(source: Source, order: Order, basis: _Basis, journal: Journal, settin
             for part, _ in parts:
                 part.sync()
         with timed("verify"):
-            logs = {row.name: journal.logs[row.name] for row in order.plan.rows}
+            logs = {row.name: journal.logs[row.name] for row in order.plan.rows} | (order.reuse.kept_logs if order.reuse is not None else {})
             sample_text, digests = _verify(source, parts, logs, settings)
             kept = None if order.protection is None else _read_back(order.protection, source, {row.name: row for row in order.plan.rows}, parts)
         refuse_changed(source)
@@ -361,6 +382,19 @@ def _verify(source: Source, parts: Parts, logs: Mapping[str, TensorLog], setting
         for link, (part, _) in zip(links, parts, strict=True):
             link.symlink_to(part.path.resolve())
         return speak(links[0], SPEAKING_PROMPT, n_threads=settings.n_threads), digests
+
+
+def move_published(path: Path, target: Path) -> None:
+    """Give a published file another name, on the same disk, and its manifest too; a file of that name is replaced."""
+    digest = read_manifest(path)
+    assert digest is not None, path
+    try:
+        manifest_path(target).unlink(missing_ok=True)  # there is none of another file at any time
+        path.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept as {path}") from error
+    write_file(manifest_path(target), manifest_line(target, digest), overwrite=True)
+    manifest_path(path).unlink(missing_ok=True)
 
 
 def _publish_all(parts: Sequence[PartFile], digests: Mapping[str, str], *, overwrite: bool) -> None:

@@ -20,12 +20,15 @@ from rich.text import Text
 from loopgguf.architectures import tensor_role
 from loopgguf.attention import load_attention
 from loopgguf.calibration import Share
+from loopgguf.collapse import CollapseCheck
 from loopgguf.comparison import ComparedFile
 from loopgguf.container import GgufFile, Value, is_gguf, read_gguf, read_shards
 from loopgguf.curvature import GramSet, LayerSummary, summarize_layer
 from loopgguf.errors import InputError
 from loopgguf.evaluation import INTERVAL_PERCENT, Measure, Quality, labelled
+from loopgguf.fidelity import Fidelity, TensorFidelity, snr_db
 from loopgguf.formats import FORMATS, GgmlType
+from loopgguf.gate import CheckedResult, GateResult
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
@@ -143,9 +146,40 @@ def written_lines(result: WriteResult) -> list[str]:
     if feedback := [matrix for log in result.logs.values() for matrix in log.feedback]:
         lines.append(feedback_line(feedback))
     lines += super_weight_lines(result)
+    lines += _check_lines(result)
     lines.append("seconds: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
     lines.append(f"it says: {result.sample_text!r}")
     return [*lines, f"wrote {', '.join(str(p) for p in result.paths)}"]
+
+
+def _check_lines(result: WriteResult) -> list[str]:
+    """Return what running the file beside its reference came to."""
+    if not isinstance(result, CheckedResult):
+        return []
+    lines = []
+    if result.gate is not None:
+        gate = result.gate
+        reading = next(step.after for step in reversed(gate.steps) if step.is_better)
+        lines.append(f"quality gate passed in {len(gate.steps)} files: {reading}; {gate.gate} on {gate.n_scored:,} scored tokens of {', '.join(gate.texts)}")
+    return [*lines, *([result.collapse.verdict] if result.collapse is not None else [])]
+
+
+def _gate_json(gate: GateResult) -> dict[str, object]:
+    limits = {key: limit for key, limit in asdict(gate.gate).items() if key != "files"}
+    return {**limits, "texts": list(gate.texts), "n_scored": gate.n_scored, "steps": [asdict(step) for step in gate.steps]}
+
+
+def collapse_json(collapse: CollapseCheck | None) -> dict[str, object] | None:
+    """Return a check for collapse as JSON-able values; null where none was made."""
+    if collapse is None:
+        return None
+    writing = {"writing": asdict(collapse.writing), "reference": asdict(collapse.reference)}
+    return {"is_collapsed": collapse.is_collapsed, "verdict": collapse.verdict, **writing, "texts": list(collapse.texts)}
+
+
+def _checks_json(result: WriteResult) -> dict[str, object]:
+    gate, collapse = (result.gate, result.collapse) if isinstance(result, CheckedResult) else (None, None)
+    return {"gate": None if gate is None else _gate_json(gate), "collapse": collapse_json(collapse)}
 
 
 def feedback_line(logs: Sequence[FeedbackLog]) -> str:
@@ -242,6 +276,7 @@ def written_json(result: WriteResult) -> dict[str, object]:
         "tensors": {name: asdict(log) for name, log in result.logs.items()},
         "notes": list(result.notes),
         "super_weights": _super_json(result),
+        **_checks_json(result),
     }
 
 
@@ -373,6 +408,55 @@ def compared_json(files: Sequence[ComparedFile]) -> list[dict[str, object]]:
         }
         for file in files
     ]
+
+
+def _by_role(tensors: Sequence[TensorFidelity]) -> dict[str, list[TensorFidelity]]:
+    roles: dict[str, list[TensorFidelity]] = defaultdict(list)
+    for tensor in tensors:
+        roles[tensor_role(tensor.name).kind].append(tensor)
+    return roles
+
+
+def fidelity_tables(fidelity: Fidelity, title: str = "") -> list[Table]:
+    """Return the errors of a file's tensors by role, and of its blocks' outputs by layer; no table for a level that was not measured."""
+    tables = []
+    if fidelity.tensors:
+        numbers = ("tensors", "bpw", "MAE", "relative error", "SNR dB", "worst")
+        tables.append(table("role", *numbers, "of", title=f"{title}: weights by role" if title else "weights by role", numbers=numbers))
+        for role, tensors in _by_role(fidelity.tensors).items():
+            tables[-1].add_row(role, *_role_cells(tensors))
+    if fidelity.layers:
+        headings = ("layer", "cosine similarity", "relative error")
+        tables.append(table(*headings, title=f"{title}: outputs of blocks" if title else "outputs of blocks", numbers=headings))
+        for layer in fidelity.layers:
+            tables[-1].add_row(str(layer.layer), with_error(layer.cosine, 6), with_error(layer.relative_error, 6))
+    return tables
+
+
+def _role_cells(tensors: Sequence[TensorFidelity]) -> tuple[str, ...]:
+    """Return the means over the weights of all tensors of a role, and the tensor that has lost most of itself."""
+    worst, weights = max(tensors, key=lambda t: t.relative_error), [t.n_weights for t in tensors]
+    bpw, mae, relative = np.average([(t.bpw, t.mae, t.relative_error) for t in tensors], axis=0, weights=weights).tolist()
+    snr = snr_db(relative)
+    cells = str(len(tensors)), f"{bpw:.4g}", f"{mae:.3g}", f"{relative:.3g}", "∞" if snr is None else f"{snr:.1f}"
+    return *cells, f"{worst.relative_error:.3g}", f"{worst.name} {worst.type.name}"
+
+
+def tensor_error_json(tensor: TensorFidelity) -> dict[str, object]:
+    """Return the error of one tensor's weights as JSON-able values; the name and type are left to the caller."""
+    quantiles = {f"{percent:g}": value for percent, value in tensor.abs_error_quantiles.items()}
+    return {"mae": tensor.mae, "relative_error": tensor.relative_error, "snr_db": tensor.snr_db, "abs_error_quantiles": quantiles}
+
+
+def layers_json(fidelity: Fidelity) -> list[dict[str, object]]:
+    """Return how close the outputs of a file's blocks are, as JSON-able values."""
+    return [{"layer": layer.layer, "cosine": asdict(layer.cosine), "relative_error": asdict(layer.relative_error)} for layer in fidelity.layers]
+
+
+def fidelity_json(fidelity: Fidelity) -> dict[str, object]:
+    """Return a file's errors by tensor and by layer as JSON-able values; empty lists for levels that were not measured."""
+    tensors = [{"name": t.name, "type": t.type.name, "bpw": t.bpw, **tensor_error_json(t)} for t in fidelity.tensors]
+    return {"tensors": tensors, "layers": layers_json(fidelity)}
 
 
 def tasks_table(tasks: Sequence[TaskResult], names: Sequence[str]) -> Table:

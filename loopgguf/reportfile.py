@@ -22,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf.architectures import tensor_role
+from loopgguf.collapse import CollapseCheck
 from loopgguf.comparison import ComparedFile
 from loopgguf.container import GgufFile, PartFile, read_shards, refuse_existing
 from loopgguf.evaluation import Quality
+from loopgguf.fidelity import Fidelity
 from loopgguf.formats import FORMATS
-from loopgguf.report import compared_json, tasks_json
+from loopgguf.report import collapse_json, compared_json, layers_json, tasks_json, tensor_error_json
 from loopgguf.reportpage import render_html, render_markdown
 from loopgguf.tasks import TaskResult
 from loopgguf.version import __version__
@@ -85,12 +87,12 @@ def kld_by_position(quality: Quality) -> list[Document]:
     return ranges
 
 
-def _tensors(files: Sequence[GgufFile]) -> list[Document]:
-    rows = []
+def _tensors(files: Sequence[GgufFile], fidelity: Fidelity) -> list[Document]:
+    rows, errors = [], {tensor.name: tensor_error_json(tensor) for tensor in fidelity.tensors}
     for info in (tensor for file in files for tensor in file.tensors):
         role, bpw = tensor_role(info.name), FORMATS[info.type].bpw
         place = {"name": info.name, "layer": role.layer, "role": role.kind}
-        rows.append({**place, "type": info.type.name, "bpw": bpw, "shape": list(info.shape), "n_bytes": info.n_bytes})
+        rows.append({**place, "type": info.type.name, "bpw": bpw, "shape": list(info.shape), "n_bytes": info.n_bytes, "error": errors.get(info.name)})
     return rows
 
 
@@ -102,7 +104,7 @@ def _shard_digests(files: Sequence[GgufFile]) -> list[Document]:
     return shards
 
 
-def _file_document(compared: Document, file: ComparedFile, spoken: str | None) -> Document:
+def _file_document(compared: Document, file: ComparedFile, spoken: str | None, fidelity: Fidelity, collapse: CollapseCheck | None) -> Document:
     files = read_shards(file.path)
     metadata = {key: files[0].metadata[key].data for key in _METADATA_KEYS if key in files[0].metadata}
     by_chunk = file.quality.token_kld_nats.mean(axis=1, dtype=np.float64)
@@ -113,8 +115,10 @@ def _file_document(compared: Document, file: ComparedFile, spoken: str | None) -
         "kld_by_chunk_nats": by_chunk.tolist(),
         "kld_by_position": kld_by_position(file.quality),
         "sample": spoken,
+        "collapse": collapse_json(collapse),
         "shards": _shard_digests(files),
-        "tensors": _tensors(files),
+        "tensors": _tensors(files, fidelity),
+        "layers": layers_json(fidelity),
     }
 
 
@@ -128,7 +132,9 @@ def make_document(
     notes: Sequence[str],
     command: str,
     samples: Samples,
-    tasks: Sequence[TaskResult] = (),
+    tasks: Sequence[TaskResult],
+    fidelities: Sequence[Fidelity],
+    collapses: Sequence[CollapseCheck | None],
 ) -> Document:
     """Return the report of compared files as JSON-able values; the README describes its keys.
 
@@ -157,7 +163,7 @@ def make_document(
         "notes": list(notes),
         "tasks": tasks_json(tasks),
         "sample": {"prompt": samples.prompt, "n_tokens": samples.n_tokens, "reference": samples.reference},
-        "files": [_file_document(*parts) for parts in zip(compared_json(files), files, samples.spoken, strict=True)],
+        "files": [_file_document(*parts) for parts in zip(compared_json(files), files, samples.spoken, fidelities, collapses, strict=True)],
     }
 
 

@@ -278,6 +278,50 @@ def chunk_chart(files: Sequence[Document]) -> Chart:
     return Chart("Mean KLD by chunk", "chunk of the text", y_label, ticks, y.ticks(), tuple(series))
 
 
+def _layer_chart(files: Sequence[Document], title: str, y_label: str, rows: Sequence[Sequence[tuple[int, float, str]]]) -> Chart | None:
+    """Return a number above 0 (layer, number, tooltip) by layer, logarithmic, a line per file; None when no file has any."""
+    numbers = [number for row in rows for _, number, _ in row]
+    if not numbers:
+        return None
+    x, y = _x_axis([layer for row in rows for layer, _, _ in row]), _y_axis(numbers, is_log=True)
+    series = [
+        _line(file, index, [(x(layer), y(number), f"block {layer}: {tip}") for layer, number, tip in row])
+        for index, (file, row) in enumerate(zip(files, rows, strict=True))
+        if row
+    ]
+    ticks = tuple(tick for tick in x.ticks() if tick.text.isdigit())
+    return Chart(title, "block", f"{y_label} (logarithmic)", ticks, y.ticks(), tuple(series))
+
+
+def weight_errors(file: Document) -> dict[int, float]:
+    """Return the relative error of a file's weights by layer, the mean over those that were measured."""
+    sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for tensor in file["tensors"]:
+        if tensor["error"] is not None and tensor["layer"] is not None:
+            n = math.prod(tensor["shape"])
+            sums[tensor["layer"]][0] += n * tensor["error"]["relative_error"]
+            sums[tensor["layer"]][1] += n
+    return {layer: lost / n for layer, (lost, n) in sorted(sums.items())}
+
+
+def layer_charts(files: Sequence[Document]) -> list[Chart]:
+    """Return what was measured by layer: error of weights, error and distance of the blocks' outputs; numbers of 0 are not drawn."""
+    weights = [[(layer, error, f"relative error {error:.4g}") for layer, error in weight_errors(file).items() if error] for file in files]
+    blocks = [
+        [(block["layer"], block["relative_error"]["value"], f"relative error {measure_text(block['relative_error'], 6)}") for block in file["layers"]]
+        for file in files
+    ]
+    distances = [
+        [(block["layer"], 1 - block["cosine"]["value"], f"cosine similarity {measure_text(block['cosine'], 6)}") for block in file["layers"]] for file in files
+    ]
+    charts = [
+        _layer_chart(files, "Error of the weights by block", "‖ŵ − w‖² ÷ ‖w‖²", weights),
+        _layer_chart(files, "Error of the blocks' outputs", "‖ŷ − y‖² ÷ ‖y‖²", [[point for point in row if point[1] > 0] for row in blocks]),
+        _layer_chart(files, "Cumulative similarity by depth", "1 − cosine similarity", [[point for point in row if point[1] > 0] for row in distances]),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
 # --- the map of types -------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +348,15 @@ def _step(bpw: float) -> int:
     return next(i for i, (most, _) in enumerate(BIT_STEPS) if bpw <= most)
 
 
+def _error_text(tensor: Document) -> str:
+    error = tensor["error"]
+    return "" if error is None or error["snr_db"] is None else f", relative error {error['relative_error']:.3g} (SNR {error['snr_db']:.1f} dB)"
+
+
 def _cell(tensors: Sequence[Document]) -> Cell:
-    tip = "; ".join(f"{t['name']}: {t['type']}, {t['bpw']:.4g} bits per weight, {' × '.join(map(str, t['shape']))}, {t['n_bytes']:,} bytes" for t in tensors)
+    tip = "; ".join(
+        f"{t['name']}: {t['type']}, {t['bpw']:.4g} bits per weight, {' × '.join(map(str, t['shape']))}, {t['n_bytes']:,} bytes{_error_text(t)}" for t in tensors
+    )
     bpw = tensors[0]["bpw"]
     return Cell(_step(bpw), f"{bpw:.1f}" if bpw < 16 else f"{bpw:.0f}", tip)
 
@@ -347,6 +398,12 @@ def role_rows(file: Document) -> list[Document]:
     return sorted(({**row, "share_of_largest": 100 * row["n_bytes"] / largest} for row in rows), key=lambda row: -row["n_bytes"])
 
 
+def worst_tensors(file: Document, n: int = 10) -> list[Document]:
+    """Return the tensors that have lost most of themselves, of those that were measured, the worst first."""
+    measured = [tensor for tensor in file["tensors"] if tensor["error"] is not None]
+    return sorted(measured, key=lambda tensor: -tensor["error"]["relative_error"])[:n]
+
+
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +442,7 @@ def _environment() -> Environment:
         "shared_prefix": shared_prefix,
         "bit_steps": BIT_STEPS,
         "sum_tokens": sum_tokens,
+        "worst_tensors": worst_tensors,
         "percent_labels": PERCENT_LABELS,
     }
     return environment
@@ -413,6 +471,7 @@ def render_html(document: Document) -> str:
         script_digest=digest,
         size_chart=size_chart(files),
         quality_charts=[chart for chart in (histogram_chart(files), position_chart(files), chunk_chart(files)) if chart is not None],
+        layer_charts=layer_charts(files),
         chart_size=(WIDTH, HEIGHT),
         chart_box={"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM},
         colours=[_colour(i) for i in range(len(files))],

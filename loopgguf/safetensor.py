@@ -153,14 +153,23 @@ def read_array(stored: StoredTensor) -> NDArray[Any]:
     return values.reshape(stored.shape)
 
 
-def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is made when its turn to be written comes, so that not all are in memory at once."""
+
+    dtype: np.dtype[Any]
+    shape: Shape
+    make: Callable[[], NDArray[Any]]
+
+
+def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any] | Deferred], metadata: Mapping[str, str] | None = None) -> None:
     """Hand the bytes of a safetensors file that holds `arrays` to `write`, piece by piece: the same arrays, the same bytes.
 
     Tensors are sorted by name; contiguous ones are never copied whole, and memory-mapped ones may be larger than memory.
     """
     write(memoryview(plan_header(((name, array.dtype, array.shape) for name, array in arrays.items()), metadata)))
     for _, array in sorted(arrays.items()):
-        rows = array.reshape(-1)
+        rows = (array.make() if isinstance(array, Deferred) else array).reshape(-1)
         for start in range(0, rows.size, _SLAB_VALUES):
             slab = np.ascontiguousarray(rows[start : start + _SLAB_VALUES])
             write(slab.astype(slab.dtype.newbyteorder("<"), copy=False).data.cast("B"))

@@ -6,34 +6,39 @@ Progress goes through a callback, what a user should know comes back in the resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import cache_path, content_key, job_folder, sweep
+from loopgguf.checkpoint import job_folder, sweep
+from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
-from loopgguf.formats import QUANTIZED_TYPES, GgmlType
+from loopgguf.fidelity import Fidelity, measure_fidelities
+from loopgguf.gate import CheckedResult, Gate
 from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
-from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, resolve
+from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, is_sized, resolve
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model
 from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, imatrix_digest
-from loopgguf.planner import SizedPlan, label_of, nearest_label, plan_conversion
+from loopgguf.planner import SizedPlan, bits_per_weight, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage, refuse_existing_protection, save_protection
 from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
+from loopgguf.recovery import pass_gate, refuse_gate, selection_chunks
+from loopgguf.reference import known_reference, reference_gguf
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.source import Source, open_source
+from loopgguf.splits import tokens_sha256
 from loopgguf.super_weights import Found, Mask
 from loopgguf.tasks import TaskResult, load_task, measure_task
 from loopgguf.verify import Recheck, recheck, speak
-from loopgguf.version import __version__
 
 __all__ = [
     "ComparisonResult",
     "EvaluationResult",
+    "Gate",
     "ImatrixRequest",
     "PlanResult",
     "QuantizeRequest",
@@ -58,10 +63,15 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     output: default `NAME-TYPE.gguf` for a preset, `NAME-LG-TYPE.gguf` else (TYPE: the preset that `general.file_type`
     names), in the current folder. Raises UsageError for a request that cannot be met (before any work), InputError for a
     bad model or imatrix, OutputError for an output that exists or cannot be written, QualityError when the finished file
-    does not pass its checks.
+    does not pass its checks, or cannot be made to pass the request's gate. A file below 2.5 bits per weight is checked
+    for collapse beside the full-precision GGUF, where there is one; then, and with a gate, it is a `CheckedResult`.
     """
     request, settings = request or QuantizeRequest(), settings or Settings()
+    gate = request.gate
+    if gate is not None:
+        refuse_gate(request, gate)
     source, notes = open_model(model, settings)
+    selection = selection_chunks(source, request, gate, settings) if gate is not None and not request.dry_run else None
     output = output or _foreseen_output(model, request)
     folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
     settings = replace(settings, job_folder=folder)
@@ -71,12 +81,33 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
         check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
-    return publish(source, resolved.order(request), output, settings, [*notes, *resolved.notes], dry_run=request.dry_run)
+    notes += resolved.notes
+    bpw = bits_per_weight(resolved.plan)
+    if bpw < LOW_BPW:
+        settings.announce(low_bits_warning(bpw, is_sized=resolved.sized is not None))
+    if gate is not None and request.dry_run:
+        notes.append(f"quality gate: {gate}; a dry run measures nothing, and recovery may make the file larger")
+    if gate is None or selection is None:
+        result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
+        return result if bpw >= LOW_BPW or request.dry_run else _with_collapse_check(result, known_reference(source), settings)
+    reference, said = reference_gguf(model, settings)
+    gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
+    gated = replace(gated, notes=(*notes, *said, *gated.notes))
+    return gated if bpw >= LOW_BPW else _with_collapse_check(gated, reference, settings)
+
+
+def _with_collapse_check(result: WriteResult, reference: Path | None, settings: Settings) -> WriteResult:
+    """Return the result with what its generated text says beside the reference's; a note where there is none to run."""
+    if reference is None:
+        note = "not checked for collapse: there is no full-precision GGUF of this model yet; `loopgguf evaluate` makes one and checks"
+        return replace(result, notes=(*result.notes, note))
+    collapse = check_collapse(result.paths[0], reference, n_threads=settings.n_threads)
+    return CheckedResult(**{**vars(result), "collapse": collapse})
 
 
 def _foreseen_output(model: Path, request: QuantizeRequest) -> Path | None:
     """Return the default output where it does not depend on what the plan comes to."""
-    if request.plan is not None or request.size_bytes is not None or request.target_bpw is not None:
+    if request.plan is not None or is_sized(request):
         return None
     if request.quant_type is not None:
         return Path(f"{model_name(model)}-{request.quant_type.upper()}.gguf")
@@ -165,29 +196,6 @@ def search_super_weights(
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def reference_gguf(model: Path, settings: Settings | None = None) -> tuple[Path, list[str]]:
-    """Return a full-precision GGUF of `model`: itself if it is one, else a conversion kept in the cache folder, whose
-    size is announced before."""
-    settings = settings or Settings()
-    source, notes = open_model(model, settings)
-    if not source.is_checkpoint:
-        return model, [*notes, *_quantized_reference(source)]
-    path = cache_path("reference", content_key(__version__, source.fingerprint), ".gguf")
-    if path.exists():
-        return path, [*notes, f"reference: {path} ({path.stat().st_size:,} bytes), converted before from the same checkpoint"]
-    is_float32 = any(tensor.type is GgmlType.F32 and len(tensor.shape) > 1 for tensor in source.tensors)
-    order = Order(plan_conversion(source.tensors, source.metadata, "f32" if is_float32 else "auto"))
-    settings.announce(f"reference: {model} is converted to {path}, {total_bytes(source, order):,} bytes on disk, and kept for the next run")
-    publish(source, order, path, settings, notes)
-    return path, notes
-
-
-def _quantized_reference(source: Source) -> list[str]:
-    """Say it when a reference is not full precision: what is measured against it is not the loss to the original."""
-    quantized = sum(tensor.type in QUANTIZED_TYPES for tensor in source.tensors)
-    return [f"reference: {quantized} tensors of {source.path.name} are quantized themselves: the figures leave out what that cost"] if quantized else []
-
-
 @dataclass(frozen=True)
 class EvaluationResult:
     """The measured quality of a file against its reference, and on what."""
@@ -197,6 +205,7 @@ class EvaluationResult:
     quality: Quality
     chunks: Chunks
     notes: tuple[str, ...]
+    fidelity: Fidelity = field(default_factory=Fidelity)
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,8 @@ class ComparisonResult:
     chunks: Chunks
     notes: tuple[str, ...]
     tasks: tuple[TaskResult, ...] = ()  # accuracies in the order of `files`
+    fidelities: tuple[Fidelity, ...] = ()  # in the order of `files`, empty ones where no level was asked for
+    collapses: tuple[CollapseCheck | None, ...] = ()  # in the order of `files`, of those below 2.5 bits per weight
 
 
 def evaluate(
@@ -218,17 +229,19 @@ def evaluate(
     reference: Path,
     files: Sequence[str | Path] = (),
     *,
+    levels: Sequence[str] = (),
     ctx_size: int = DEFAULT_CTX_SIZE,
     n_chunks: int | None = None,
     settings: Settings | None = None,
 ) -> EvaluationResult:
     """Measure a GGUF against its full-precision reference (a GGUF or a checkpoint folder) on held-out text.
 
-    files: texts, default the held-out text that ships with the package. Both models are run by llama.cpp with the same
-    settings, side by side; no logit file is written. Raises InputError for bad files, texts or different vocabularies.
+    files: texts, default the held-out text that ships with the package. levels: some of `fidelity.LEVELS`, measured
+    besides that of the model. Both models are run by llama.cpp with the same settings, side by side; no logit file is
+    written. Raises InputError for bad files, texts or different vocabularies.
     """
-    result = compare([candidate], reference, files, ctx_size=ctx_size, n_chunks=n_chunks, settings=settings)
-    return EvaluationResult(candidate, reference, result.files[0].quality, result.chunks, result.notes)
+    result = compare([candidate], reference, files, levels=levels, ctx_size=ctx_size, n_chunks=n_chunks, settings=settings)
+    return EvaluationResult(candidate, reference, result.files[0].quality, result.chunks, result.notes, result.fidelities[0])
 
 
 def compare(
@@ -238,6 +251,7 @@ def compare(
     *,
     baseline: str | None = None,
     tasks: Sequence[Path] = (),
+    levels: Sequence[str] = (),
     ctx_size: int = DEFAULT_CTX_SIZE,
     n_chunks: int | None = None,
     settings: Settings | None = None,
@@ -245,7 +259,8 @@ def compare(
     """Measure GGUFs of one model against its full-precision reference on the same text, the reference being run once.
 
     baseline: the path, file name or name without `.gguf` of the candidate that the others are compared with, default the
-    first. tasks: JSONL files of questions, see `tasks.py`. Everything else as in `evaluate`. Raises UsageError for a file given twice or an unknown baseline.
+    first. tasks: JSONL files of questions, see `tasks.py`. Everything else as in `evaluate`. Raises UsageError for a file
+    given twice or an unknown baseline.
     """
     settings = settings or Settings()
     names, at = short_names(candidates), find_baseline(baseline, candidates)
@@ -253,16 +268,51 @@ def compare(
     sources = [open_source(candidate) for candidate in candidates]  # first: a bad file is refused before a reference is converted for it
     reference_path, notes = reference_gguf(reference, settings)
     chunks = cut_text(open_source(reference_path), files, "heldout", ctx_size, n_chunks, settings)
-    for name, source in zip(names, sources, strict=True):
-        calibrated_on = source.metadata.get("quantize.imatrix.dataset")
-        overlap = sorted(set(chunks.names) & set(str(calibrated_on.data).split(", "))) if calibrated_on else []
-        if overlap:
-            notes.append(f"{', '.join(overlap)} is also the calibration text of {name}: its figures flatter; evaluate on other text")
-    qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=settings.n_threads, progress=settings.progress)
+    notes += [note for name, source in zip(names, sources, strict=True) for note in _texts_used_twice(name, source, chunks)]
+    n_threads, progress = settings.n_threads, settings.progress
+    measured_below = measure_fidelities(candidates, reference_path, chunks.tokens, levels, n_threads=n_threads, progress=progress)
+    fidelities = dict(zip(candidates, measured_below, strict=True))
+    qualities = measure_qualities(candidates, reference_path, chunks.tokens, n_threads=n_threads, progress=progress)
     measured = compare_measured(candidates, qualities, at)
     paths = [file.path for file in measured]
-    results = [measure_task(task, paths, reference_path, n_threads=settings.n_threads, progress=settings.progress) for task in questions]
-    return ComparisonResult(measured, reference, reference_path, names[at], chunks, (*notes, *chunks.notes), tuple(results))
+    results = [measure_task(task, paths, reference_path, n_threads=n_threads, progress=progress) for task in questions]
+    collapses = [_collapse_of(file, reference_path, notes, settings) for file in measured]
+    return ComparisonResult(
+        measured,
+        reference,
+        reference_path,
+        names[at],
+        chunks,
+        (*notes, *chunks.notes),
+        tuple(results),
+        tuple(fidelities[path] for path in paths),
+        tuple(collapses),
+    )
+
+
+def _texts_used_twice(name: str, source: Source, chunks: Chunks) -> list[str]:
+    """Say it when a file was calibrated, or had to pass a gate, on the text that it is measured on."""
+    notes = []
+    for use, key in (("calibration", "quantize.imatrix.dataset"), ("selection", "loopgguf.selection.dataset")):
+        names = str(source.metadata[key].data).split(", ") if key in source.metadata else []
+        overlap = [text for text in chunks.names if text in names]
+        recorded = source.metadata.get(f"loopgguf.{use}.sha256")
+        if recorded is not None and recorded.data == tokens_sha256(chunks.tokens):
+            overlap = list(chunks.names)
+        if overlap:
+            notes.append(f"{', '.join(sorted(overlap))} is also the {use} text of {name}: its figures flatter; evaluate on other text")
+    return notes
+
+
+def _collapse_of(file: ComparedFile, reference: Path, notes: list[str], settings: Settings) -> CollapseCheck | None:
+    """Return whether a file of few bits still writes; one that cannot be made to is a note, and what was measured stays."""
+    if file.bpw >= LOW_BPW:
+        return None
+    try:
+        return check_collapse(file.path, reference, n_threads=settings.n_threads)
+    except QualityError as error:
+        notes.append(f"not checked for collapse: {error}")
+        return None
 
 
 REPORT_TOKENS = 64  # of a generation sample
@@ -295,6 +345,8 @@ def write_report(result: ComparisonResult, name: Path, *, command: str = "", set
         notes=notes,
         command=command,
         tasks=result.tasks,
+        fidelities=result.fidelities,
+        collapses=result.collapses,
         samples=Samples(SPEAKING_PROMPT, REPORT_TOKENS, spoken[0], tuple(spoken[1:])),
     )
     return write_document(document, name, overwrite=settings.overwrite)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopgguf.allocation import Choice, convex_hull, efficient, reachable_bytes, solve, total
+from loopgguf.allocation import Choice, convex_hull, efficient, improve, reachable_bytes, smallest_budget, solve, total
 
 choices = st.builds(Choice, st.integers(1, 40).map(lambda n: 32 * n), st.floats(0, 10))
 problems = st.lists(st.lists(choices, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -79,3 +79,42 @@ def test_a_model_of_hundreds_of_tensors_and_twenty_types_is_solved_to_a_tiny_gap
     assert budget - 4096 < solution.n_bytes <= budget
     assert solution.gap < 1e-4
     assert solution == solve(items, budget)
+
+
+# --- single changes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_per_byte_is_improved_first() -> None:
+    """Catches the largest gain taken before the cheapest, and a change that goes on when the target is reached."""
+    items = [[Choice(32, 10.0), Choice(320, 1.0)], [Choice(32, 4.0), Choice(64, 0.5), Choice(96, 0.4)]]
+    assert improve(items, (0, 0), 11.0, None) == (0, 1)
+    assert improve(items, (0, 0), 10.0, None) == (1, 1)
+    assert improve(items, (0, 0), 14.0, None) == (0, 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems, st.integers(0, 2000))
+def test_improving_stays_within_its_room(items: list[list[Choice]], room: int) -> None:
+    """Catches a change that does not fit, one that makes things worse, and an end while one still fits and helps."""
+    start = tuple(0 for _ in items)
+    picks = improve(items, start, -1.0, room)
+    n_bytes, error = total(items, picks)
+    before = total(items, start)
+    assert n_bytes - before[0] <= room
+    assert error <= before[1] + 1e-12
+    left = room - (n_bytes - before[0])
+    for item, pick in zip(items, picks, strict=True):
+        assert not any(c.error < item[pick].error and c.n_bytes - item[pick].n_bytes <= left for c in item)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems, st.floats(0, 12))
+def test_the_smallest_budget_reaches_its_error(items: list[list[Choice]], target: float) -> None:
+    """Catches a bisection that ends on the wrong side, and a target beyond reach that it answers."""
+    budget = smallest_budget(items, target)
+    low, high = reachable_bytes(items)
+    if budget is None:
+        assert solve(items, high).error > target
+    else:
+        assert solve(items, budget).error <= target
+        assert budget == low or solve(items, budget - max(2, int(2e-4 * budget))).error > target or budget - 2 < low

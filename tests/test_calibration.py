@@ -43,8 +43,9 @@ def write(tmp_path: Path):
 
 
 def test_default_texts_exist_and_are_large():
-    """Catches a wheel or clone without the texts that `imatrix` and `evaluate` fall back to."""
+    """Catches a wheel or clone without the texts that `imatrix`, a quality gate and `evaluate` fall back to."""
     assert default_text("calibration").stat().st_size >= 100_000
+    assert default_text("selection").stat().st_size >= 15_000
     assert default_text("heldout").stat().st_size >= 40_000
 
 

@@ -16,11 +16,13 @@ import pytest
 from faults import Disk
 
 from loopgguf import cli
+from loopgguf.calibration import default_text
 from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
 from loopgguf.statistics import Columns, Statistics, load_imatrix, save_imatrix
 
 Run = Callable[..., "Outcome"]
+DEFAULT_CALIBRATION, DEFAULT_HELDOUT = str(default_text("calibration")), str(default_text("heldout"))
 
 
 class Outcome:
@@ -140,6 +142,50 @@ def test_files_are_compared(run: Run, demo_gguf: Path, demo_model: Path, tmp_pat
         assert refused.code == 2 and word in refused.error
 
 
+def test_levels_are_shown(run: Run, demo_gguf: Path) -> None:
+    """A level that the table, the JSON or the report forgets, or that is shown unasked; a typo that measures nothing."""
+    assert run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "a.gguf").code == 0
+    measuring = ("a.gguf", "--reference", demo_gguf, "-c", 64, "--chunks", 2)
+    shown = run("evaluate", *measuring, "--levels", "tensor,layer", "--report", "r")
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert shown.code == 0 and [line[0] for line in lines[-6:]] == ["0", "1", "2", "3", "4", "5"]
+    (down,) = (line for line in lines if line[:2] == ["ffn_down", "6"])
+    assert down[2] == "4.5" and down[-1] == "Q4_0"
+    found = json.loads(run("evaluate", *measuring, "--levels", "layer", "--json").out)
+    assert found["tensors"] == [] and [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3, 4, 5]
+    (file,) = json.loads(run("compare", *measuring, "--levels", "tensor", "--json").out)["files"]
+    assert len(file["tensors"]) == 44 and file["layers"] == [] and file["collapse"] is None
+    assert "## Outputs of blocks: a.gguf" in Path("r.md").read_text(encoding="utf-8")
+    assert "weights by role" not in run("evaluate", *measuring).out
+    refused = run("evaluate", *measuring, "--levels", "tensors")
+    assert refused.code == 2 and "--levels: got tensors" in refused.error
+
+
+def test_a_gate_is_passed_or_its_best_file_kept(run: Run, demo_gguf: Path) -> None:
+    """A gate that the command forgets, steps that it does not tell, and an exit code of success below the gate."""
+    asked = ("quantize", demo_gguf, "--no-imatrix", "--tensor-type", ".=Q8_0")  # no tensor is left to be raised
+    done = run(*asked, "--quant-type", "Q8_0", "--max-ppl-increase", "3%", "-o", "a.gguf", "--json")
+    found = json.loads(done.out)
+    assert done.code == 0 and found["gate"]["max_ppl_increase_percent"] == 3.0 and len(found["gate"]["steps"]) == 1
+    assert found["gate"]["texts"] == ["selection.txt"] and found["collapse"] is None
+    exact = Path("a.gguf").stat().st_size  # nothing of error feedback's key fits
+    missed = run(*asked, "--quant-type", "Q8_0", "--max-kld", "1e-9", "--max-size", exact, "-o", "b.gguf")
+    assert missed.code == 1 and "b.below-gate.gguf" in missed.error and "note: gate: as planned: mean KLD" in missed.err
+    assert Path("b.below-gate.gguf").exists() and not Path("b.gguf").exists()
+
+
+def test_low_bits_are_warned_of_and_checked(run: Run, demo_gguf: Path, demo_model: Path, tmp_path: Path) -> None:
+    """A file of two bits that is written without a word, and one that repeats itself and passes for good."""
+    text = _short_text(tmp_path, demo_model)
+    low = run(
+        "quantize", demo_gguf, "--quant-type", "IQ1_S", "--token-embedding-type", "Q2_K", "--output-tensor-type", "Q2_K", "-f", text, "-c", 64, "-o", "l.gguf"
+    )
+    assert low.code == 0 and "bits per weight: a 7B model had" in low.err and "--size" in low.err
+    assert "generated text has" in low.out
+    shown = run("evaluate", "l.gguf", "--reference", demo_gguf, "-f", text, "-c", 64, "--chunks", 2)
+    assert shown.code == 0 and "l.gguf: generated text has" in shown.out
+
+
 def test_tasks_are_answered(run: Run, demo_gguf: Path, tmp_path: Path) -> None:
     """A task whose numbers stand beside another file's name, or that the report and the JSON forget."""
     task = tmp_path / "words.jsonl"
@@ -197,7 +243,7 @@ def test_convert_and_json_and_profiles(run: Run, demo_model: Path) -> None:
     planned = run("quantize", demo_model, "--quant-type", "Q4_0", "--dry-run", "--json")
     assert planned.code == 0 and json.loads(planned.out)["dry_run"] is True
     listed = run("profiles")
-    assert listed.code == 0 and all(name in listed.out for name in ("balanced", "attention-high", "compression-max"))
+    assert listed.code == 0 and all(name in listed.out for name in ("balanced", "attention-high", "compression-max", "quality", "cpu-fast", "singular-bit"))
 
 
 def test_super_weights_are_listed_and_protected(run: Run, demo_gguf: Path) -> None:
@@ -347,6 +393,15 @@ def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, lin
         (["--super-weight-budget", "1MB"], ["--protect-super-weights"]),
         (["--protect-super-weights", "--super-weight-budget", "much"], ["much"]),
         (["--protect-super-weights", "--super-weight-budget", "1MB", "--size", "4MB"], ["--super-weight-budget", "size"]),
+        (["--max-size", "4MB"], ["--max-size", "--max-kld"]),
+        (["--max-kld", "0"], ["--max-kld", "above 0"]),
+        (["--max-ppl-increase", "little"], ["--max-ppl-increase", "little", "2%"]),
+        (["--max-kld", "0.01", "--selection-file", DEFAULT_CALIBRATION, "--quant-type", "Q4_0"], ["calibration.txt", "the calibration text"]),
+        (["--max-kld", "0.01", "--selection-file", DEFAULT_HELDOUT, "--quant-type", "Q4_0"], ["heldout.txt", "the held-out text"]),
+        (["--target-kld", "0.05", "--no-imatrix"], ["--target-kld", "gradients", "checkpoint folder"]),
+        (["--target-kld", "-1"], ["--target-kld", "above 0"]),
+        (["--target-kld", "0.05", "--size", "4MB"], ["--target-kld", "--size"]),
+        (["--profile", "singular-bit", "--no-imatrix"], ["--protect-super-weights", "--no-imatrix"]),
     ],
 )
 def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments: list[str], words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from loopgguf.container import Value, float32, string, uint32
 from loopgguf.errors import UsageError
 from loopgguf.errortable import DEFAULT_TYPES, Basis, ErrorRow, ErrorTable, TypeDamage
 from loopgguf.formats import FORMATS, GgmlType
-from loopgguf.planner import Plan, SizedPlan, SizeProblem, TypeRules, file_bytes, parse_overrides, plan_preset, plan_size, size_problem, to_json
+from loopgguf.planner import Plan, SizedPlan, SizeProblem, TypeRules, budget_for_kld, file_bytes, parse_overrides, plan_preset, plan_size, size_problem, to_json
 from loopgguf.profile import parse_profile
 from loopgguf.source import Tensor
 
@@ -148,3 +149,39 @@ def test_estimates_and_explanations_do_not_change_the_hash_and_name_the_neighbou
     assert "explanation" not in to_json(sized.plan) and "estimated_error" not in to_json(sized.plan)
     assert math.isclose(sum(r.estimated_error or 0 for r in sized.plan.rows), sized.solution.error)
     assert set(DEFAULT_TYPES) >= set(types(sized.plan).values()) - {T.F32}
+
+
+# --- by estimated KLD -------------------------------------------------------------------------------------------------
+
+
+def with_gradients(table: ErrorTable) -> ErrorTable:
+    return ErrorTable({name: replace(row, basis=Basis.GRADIENTS) for name, row in table.rows.items()})
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_the_smallest_file_of_an_estimated_kld(share: float) -> None:
+    """Would catch a file above the target, one that is smaller within reach, and a header left out of its size."""
+    problem = size_problem(model(), METADATA, None, in_layers, None)
+    table = with_gradients(synthetic(problem))
+
+    def measure(plan: Plan) -> int:
+        return file_bytes(plan, METADATA)
+
+    low, high = solved(10**6)[0].reachable_bytes
+    wanted = plan_size(problem, table, low + int(share * (high - low)), measure)
+    target = wanted.solution.error
+    budget = budget_for_kld(problem, table, target, measure)
+    assert plan_size(problem, table, budget, measure).solution.error <= target * (1 + 1e-9)
+    assert budget <= wanted.total_bytes * 1.001
+    assert plan_size(problem, table, int(0.99 * budget), measure).solution.error > target
+
+
+def test_a_kld_without_an_estimate_is_refused() -> None:
+    """Would catch a prior, in no unit, taken for nats; and a target that no file reaches."""
+    problem = size_problem(model(), METADATA, None, in_layers, None)
+    table = synthetic(problem)
+    with pytest.raises(UsageError, match=r"--target-kld: got no gradients for 26 of 26 tensors \(.*\), expected them for all"):
+        budget_for_kld(problem, table, 0.05, lambda plan: file_bytes(plan, METADATA))
+    rows = {name: replace(row, damages=tuple(d for d in row.damages if d.estimated_error > 0)) for name, row in with_gradients(table).rows.items()}
+    with pytest.raises(UsageError, match=r"--target-kld: got 1e-12, expected at least"):
+        budget_for_kld(problem, ErrorTable(rows), 1e-12, lambda plan: file_bytes(plan, METADATA))

@@ -275,7 +275,10 @@ def llama_8b() -> tuple[list[Tensor], dict[str, Value]]:
     return tensors, {**METADATA, "llama.block_count": uint32(32), "llama.attention.head_count": uint32(32), "llama.attention.head_count_kv": uint32(8)}
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("balanced", 4.4, 4.7), ("attention-high", 4.7, 5.1), ("compression-max", 2.1, 2.65)])
+SIZES = [("balanced", 4.4, 4.7), ("attention-high", 4.7, 5.1), ("compression-max", 2.1, 2.65), ("quality", 5.9, 6.3), ("singular-bit", 1.9, 2.4)]
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [*SIZES, ("cpu-fast", 4.6, 4.9)])
 def test_shipped_profiles_have_their_size(name: str, low: float, high: float) -> None:
     """Would catch a profile whose file is not of the size its description promises (Llama 3 8B)."""
     tensors, metadata = llama_8b()

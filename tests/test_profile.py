@@ -97,9 +97,27 @@ def test_shipped_profiles(name: str) -> None:
     assert text.startswith("#") and len(text.splitlines()) <= 30
 
 
-def test_three_profiles_ship() -> None:
+def test_profiles_ship() -> None:
     """Would catch a profile lost in packaging."""
-    assert {"balanced", "attention-high", "compression-max"} <= set(profile_names())
+    assert {"balanced", "attention-high", "compression-max", "quality", "singular-bit", "cpu-fast"} <= set(profile_names())
+
+
+# ggml-cpu/repack.cpp, `ggml_repack_get_optimal_repack_type`, as of llama-cpp-python 0.3.36
+REPACKED = {"Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q8_0", "MXFP4", "Q1_0"}
+
+
+def test_cpu_fast_has_only_types_with_repacked_kernels() -> None:
+    """Would catch a type in the profile that the CPU runs one row at a time."""
+    profile = load_profile("cpu-fast")
+    assert {t.name for t in (profile.default, *profile.types, *(rule.type for rule in profile.rules if rule.type))} <= REPACKED
+
+
+def test_a_profile_protects_super_weights() -> None:
+    """Would catch a flag that is read as its text, or that a shipped profile's comment alone promises."""
+    assert load_profile("singular-bit").protect_super_weights
+    assert not load_profile("balanced").protect_super_weights
+    with pytest.raises(UsageError, match="protect_super_weights in p: got 'yes', expected true or false"):
+        parse_profile("default: Q4_K\nprotect_super_weights: 'yes'", "p", "p")
 
 
 DEEP = "[" * 20000

@@ -32,7 +32,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ComparisonResult:
     paths = [write_tiny_llama(folder / f"{name}.gguf", noise=noise) for name, noise in (("reference", 0.0), ("near", 0.01), ("far", 0.05))]
     text = folder / "text.txt"
     text.write_text("abcde edcba bad cab ace " * 40, encoding="utf-8")
-    return compare(paths[1:], paths[0], [text], ctx_size=32, n_chunks=6, settings=Settings(n_threads=1))
+    return compare(paths[1:], paths[0], [text], levels=("tensor", "layer"), ctx_size=32, n_chunks=6, settings=Settings(n_threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,10 @@ def test_the_json_says_what_was_measured(result: ComparisonResult, document: dic
         assert sum(tensor["n_bytes"] for tensor in entry["tensors"]) == sum(tensor.n_bytes for tensor in read_gguf(file.path).tensors)
         assert np.mean(entry["kld_by_chunk_nats"]) == pytest.approx(file.quality.mean_kld_nats.value, rel=1e-5)
         assert isinstance(entry["sample"], str)
+    for fidelity, entry in zip(result.fidelities, document["files"], strict=True):
+        assert [layer["cosine"]["value"] for layer in entry["layers"]] == [layer.cosine.value for layer in fidelity.layers]
+        errors = {tensor["name"]: tensor["error"]["relative_error"] for tensor in entry["tensors"] if tensor["error"] is not None}
+        assert errors == {tensor.name: tensor.relative_error for tensor in fidelity.tensors}
     attn_q = next(tensor for tensor in document["files"][0]["tensors"] if tensor["name"] == "blk.0.attn_q.weight")
     assert (attn_q["layer"], attn_q["role"], attn_q["type"], attn_q["shape"]) == (0, "attn_q", "F32", [32, 32])
     assert result.files[0].quality.n_scored < MIN_SCORED_FOR_TAIL

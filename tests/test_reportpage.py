@@ -17,6 +17,7 @@ from loopgguf.reportpage import (
     WIDTH,
     Axis,
     histogram_chart,
+    layer_charts,
     measure_text,
     megabytes,
     render_html,
@@ -26,6 +27,7 @@ from loopgguf.reportpage import (
     short_labels,
     size_chart,
     type_map,
+    weight_errors,
 )
 
 Document = dict[str, Any]
@@ -33,7 +35,7 @@ Document = dict[str, Any]
 
 def tensor(name: str, role: str, layer: int | None, bits: float = 4.5, shape: tuple[int, ...] = (64, 256)) -> Document:
     n_bytes = int(math.prod(shape) * bits / 8)
-    return {"name": name, "role": role, "layer": layer, "type": "Q4_K", "bpw": bits, "shape": list(shape), "n_bytes": n_bytes}
+    return {"name": name, "role": role, "layer": layer, "type": "Q4_K", "bpw": bits, "shape": list(shape), "n_bytes": n_bytes, "error": None}
 
 
 def file(name: str = "a.gguf", n_bytes: int = 4_000_000, kld: float = 0.01, *, is_pareto: bool = True) -> Document:
@@ -51,6 +53,8 @@ def file(name: str = "a.gguf", n_bytes: int = 4_000_000, kld: float = 0.01, *, i
         "kld_by_chunk_nats": [kld],
         "kld_by_position": [{"first": 16, "last": 30, "mean_kld_nats": kld, "standard_error": None}],
         "sample": None,
+        "layers": [],
+        "collapse": None,
         "shards": [{"name": name, "bytes": n_bytes, "sha256": "0" * 64}],
         "tensors": [*tensors, tensor("output_norm.weight", "output_norm", None, 32.0, (256,))],
     }
@@ -179,3 +183,42 @@ def test_edges_of_what_a_report_can_say(files: list[Document]) -> None:
     assert "(nothing: see the notes)" in page and "nan" not in page and "None" not in page
     assert ('class="swatch other"' in page) == (len(files) > 8)
     assert "(nothing: see the notes)" in render_markdown(made)
+
+
+# --- by block ---------------------------------------------------------------------------------------------------------
+
+
+def measured_file(name: str = "a.gguf") -> Document:
+    """A file with errors of its tensors and outputs of two blocks, the first of which lost nothing."""
+    result = file(name)
+    for i, entry in enumerate(result["tensors"]):
+        if len(entry["shape"]) > 1:
+            entry["error"] = {"mae": 0.1, "relative_error": 0.01 * i, "snr_db": 20.0 if i else None, "abs_error_quantiles": {"50": 0.1, "100": 0.2}}
+    result["layers"] = [
+        {"layer": layer, "cosine": {"value": 1 - lost, "standard_error": None}, "relative_error": {"value": lost, "standard_error": 0.001}}
+        for layer, lost in ((0, 0.0), (2, 0.02))
+    ]
+    return result
+
+
+def test_errors_by_layer_are_means_over_weights() -> None:
+    """Catches a mean over tensors whatever their size, and tensors outside the layers among them."""
+    shown = measured_file()
+    shown["tensors"][1]["shape"] = [192, 256]
+    expected = (3 * 0.01 * 1 + 0.01 * 2 + 0.01 * 3) / 5
+    assert weight_errors(shown) == {0: pytest.approx(expected), 2: pytest.approx(0.01 * (4 + 5 + 6) / 3)}
+
+
+def test_by_block_is_drawn_when_it_was_measured() -> None:
+    """Catches an empty tab, a logarithm of 0, a file without numbers that shifts the colours, and tables that lack a row."""
+    plain, measured = document(file()), document(file("b.gguf"), measured_file())
+    assert "By block" not in render_html(plain)
+    assert "Outputs of blocks" not in render_markdown(plain)
+    charts = layer_charts(measured["files"])
+    assert [chart.title for chart in charts] == ["Error of the weights by block", "Error of the blocks' outputs", "Cumulative similarity by depth"]
+    assert [(series.name, series.colour, len(series.marks)) for series in charts[2].series] == [("a.gguf", "c1", 1)]
+    page, text = render_html(measured), render_markdown(measured)
+    assert "cosine similarity 0.980000" in page
+    assert page.count("SNR 20.0 dB") == 6
+    assert "| 2 | 0.980000 | 0.020000 ± 0.001000 |" in text
+    assert "| output.weight | Q4_K | 0 | ∞ | 0.1 |" in text

@@ -32,7 +32,7 @@ QUICKSTART = (
 )
 FOUR_BITS = "--types Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M --profiles balanced,attention-high"
 TWO_BITS = "--types IQ2_M,Q2_K,IQ3_XXS --profiles compression-max"
-DEMO_TABLE = "--types IQ2_M,Q2_K,IQ3_XXS,Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M --profiles compression-max,balanced,attention-high"
+DEMO_TABLE = "--types IQ2_M,Q2_K,IQ3_XXS,Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M --profiles singular-bit,compression-max,balanced,cpu-fast,attention-high,quality"
 
 
 def output_of(command: list[str], **options: object) -> str:

@@ -1,0 +1,164 @@
+"""recovery.py: the steps and their order, what is encoded again, and what is left behind when the gate cannot be reached."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_llama import write_tiny_llama
+
+from loopgguf import pipeline
+from loopgguf.container import read_gguf
+from loopgguf.errors import OutputError, QualityError, UsageError
+from loopgguf.feedback import Compensate
+from loopgguf.formats import FLOAT_TYPES, GgmlType
+from loopgguf.gate import CheckedResult, Gate
+from loopgguf.importance import ImatrixRequest
+from loopgguf.planner import TypeRules, parse_overrides
+from loopgguf.source import open_source
+from loopgguf.workflow import QuantizeRequest, Settings, compare, quantize
+
+SETTINGS = Settings(n_threads=1)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two texts of random letters, in which no run of one occurs in the other."""
+    folder, found = tmp_path_factory.mktemp("texts"), {}
+    for seed, name in enumerate(("calibration", "selection")):
+        found[name] = folder / f"{name}.txt"
+        found[name].write_text("".join(np.random.default_rng(seed).choice([*"abcde fghij"], 6000)), encoding="utf-8")
+    return found
+
+
+@pytest.fixture
+def request_(texts: dict[str, Path]) -> QuantizeRequest:
+    return QuantizeRequest(
+        quant_type="Q4_0",
+        use_imatrix=False,
+        calibration=ImatrixRequest((texts["calibration"],), ctx_size=64, n_samples=40),
+        gate=Gate(max_kld_nats=10.0, files=(texts["selection"],)),
+    )
+
+
+def gated(request: QuantizeRequest, **limits: float | int | None) -> QuantizeRequest:
+    assert request.gate is not None
+    return replace(request, gate=replace(request.gate, **limits))
+
+
+def types_of(path: Path) -> dict[str, GgmlType]:
+    return {tensor.name: tensor.type for tensor in read_gguf(path).tensors}
+
+
+def test_a_good_file_passes_as_it_is(model: Path, request_: QuantizeRequest, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Catches recovery of a file that needs none, other weights than without a gate, files left beside it, and a selection text that
+    a later evaluation does not know of."""
+    result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    assert isinstance(result, CheckedResult)
+    assert result.gate is not None
+    assert [step.step for step in result.gate.steps] == ["as planned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+    quantize(model, tmp_path / "plain.gguf", replace(request_, gate=None), SETTINGS)
+    ours, plain = (open_source(tmp_path / name) for name in ("out.gguf", "plain.gguf"))
+    assert all(np.array_equal(a.read_rows(0, a.n_rows), b.read_rows(0, b.n_rows)) for a, b in zip(ours.tensors, plain.tensors, strict=True))
+    renamed = tmp_path / "renamed.txt"
+    renamed.write_bytes(texts["selection"].read_bytes())
+    notes = compare([tmp_path / "out.gguf", tmp_path / "plain.gguf"], model, [renamed], n_chunks=None, settings=SETTINGS).notes
+    assert [note for note in notes if "selection text" in note] == [
+        "renamed.txt is also the selection text of out.gguf: its figures flatter; evaluate on other text"
+    ]
+
+
+def test_steps_come_in_order_until_the_gate_is_passed(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bits spent before feedback was tried, tensors encoded again though nothing of them changed, a tensor that a rule pins
+    and recovery raises, and steps that say nothing of before and after."""
+    encoded: list[list[str]] = []
+    real = pipeline.execute
+
+    def watched(jobs, *arguments, **options):  # type: ignore[no-untyped-def]
+        encoded.append([job.row.name for job in jobs if job.row.type is not job.tensor.type])
+        return real(jobs, *arguments, **options)
+
+    monkeypatch.setattr("loopgguf.publish.execute", watched)
+    said: list[str] = []
+    request = gated(request_, max_kld_nats=0.06)
+    request = replace(request, rules=TypeRules(overrides=parse_overrides(["attn_q=Q4_0"])))
+    result = quantize(model, tmp_path / "out.gguf", request, replace(SETTINGS, announce=said.append))
+    assert isinstance(result, CheckedResult)
+    assert result.gate is not None
+    steps = result.gate.steps
+    assert [step.step.split(" for ")[0] for step in steps[:3]] == ["as planned", "error feedback", "larger types"]
+    assert steps[-1].after.mean_kld_nats.value <= 0.06
+    assert steps[0].before is None
+    assert [line.split(":")[0] for line in said if line.startswith("gate")] == ["gate"] * len(steps)
+    types = types_of(tmp_path / "out.gguf")
+    assert types["blk.0.attn_q.weight"] is GgmlType.Q4_0
+    n_free = sum(ggml_type is not GgmlType.F32 for ggml_type in types.values())
+    last = [names for names in encoded if names][-1]
+    assert 0 < len(last) < n_free
+    assert "blk.0.attn_q.weight" not in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+
+
+def test_half_precision_comes_last(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches a gate between what Q8_0 and F16 reach that recovery gives up on."""
+    request = replace(gated(request_, max_kld_nats=1e-4), quant_type="Q8_0", compensate=Compensate.FULL)
+    result = quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert isinstance(result, CheckedResult)
+    assert result.gate is not None
+    assert {step.step.split(" for ")[0] for step in result.gate.steps[1:]} == {"half precision"}
+    assert GgmlType.F16 in types_of(tmp_path / "out.gguf").values()
+    assert FLOAT_TYPES.isdisjoint({row.type for row in result.plan.rows if row.is_encoded} - {GgmlType.F16})
+
+
+def test_what_cannot_pass_is_kept_aside(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches a file below the gate under its final name, hours of work thrown away, and a size that is exceeded."""
+    request = gated(request_, max_kld_nats=1e-9, max_size_bytes=28_000)
+    with pytest.raises(QualityError, match=r"not reached within 28,000 bytes. The best file is kept as .*out\.below-gate\.gguf") as failure:
+        quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert failure.value.exit_code == 1
+    kept = tmp_path / "out.below-gate.gguf"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, f"{kept.name}.sha256"]
+    assert read_manifest(kept) == hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert kept.stat().st_size <= 28_000
+    assert len(read_gguf(kept).tensors) == 12
+    with pytest.raises(OutputError, match="below-gate"):  # the next run does not throw it away either
+        quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    with pytest.raises(QualityError, match="no tensor is left that may be raised"):
+        quantize(model, tmp_path / "other.gguf", replace(gated(request_, max_kld_nats=1e-12), quant_type="Q8_0"), SETTINGS)
+
+
+def test_a_size_is_a_promise(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches a plan that fills its size to the byte, so that the keys of a gate exceed it; and recovery that grows beyond it."""
+    request = replace(gated(request_, max_kld_nats=1e-9), quant_type=None, size_bytes=30_000)
+    with pytest.raises(QualityError, match="not reached within 30,000 bytes"):
+        quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert 29_000 - 1024 < (tmp_path / "out.below-gate.gguf").stat().st_size <= 30_000
+
+
+def test_contradictions_are_refused_before_any_work(model: Path, request_: QuantizeRequest, texts: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a gate without limits, one measured on the calibration text, and a limit that the plan itself exceeds."""
+    cases = {
+        "--max-size and --selection-file say how": gated(request_, max_kld_nats=None, max_size_bytes=30_000),
+        "--max-kld: got -1": gated(request_, max_kld_nats=-1.0),
+        "--keep-split and a quality gate": replace(request_, keep_split=True),
+        "--pure and a quality gate": replace(request_, rules=TypeRules(pure=True)),
+        r"\d+% of it is in the calibration text": replace(request_, gate=Gate(max_kld_nats=1.0, files=(texts["calibration"],))),
+        "--max-size: got 1,000 bytes": gated(request_, max_size_bytes=1000),
+    }
+    for message, request in cases.items():
+        with pytest.raises(UsageError, match=message):
+            quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert not list(tmp_path.iterdir())
