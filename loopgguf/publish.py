@@ -252,6 +252,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
         layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
+        if not source.is_checkpoint:
+            layers.discard(None)  # embeddings go by gradients
         if layers:
             _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))
@@ -281,6 +283,7 @@ def _run_pass(
         max_memory_bytes=settings.max_memory_bytes,
         progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
         work=work if n_bytes else None,
+        wanted=layers,
     )
 
 

@@ -411,6 +411,23 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
         assert len(steps) < 12 * 3 * 6, "finished layers were run again"
 
 
+@pytest.mark.parametrize(("n", "n_chunks"), [(45, {12}), (57, set())])
+def test_error_feedback_from_a_gguf_goes_on(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, n: int, n_chunks: set[int]) -> None:
+    """Catches passes over the text for layers that are finished, and matrices of another block for those that are not."""
+    monkeypatch.setattr(publish, "run_feedback", partial(run_feedback, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4))
+    request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
+    one = Settings(n_threads=1)
+    whole = quantize(demo_gguf, Path("whole.gguf"), request, one).paths[0].read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, n, raising(Killed()))
+        quantize(demo_gguf, Path("x.gguf"), request, one)
+    totals: set[int] = set()
+    counted = replace(one, progress=lambda phase, _done, total: totals.add(total) if phase.startswith("calibrate") else None)
+    result = quantize(demo_gguf, Path("x.gguf"), request, counted)
+    assert Path("x.gguf").read_bytes() == whole and totals == n_chunks, "passes were run again"
+    assert sum(len(log.feedback) for log in result.logs.values()) > 20
+
+
 def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor that silently gets the plain encoder's bytes, for the pass has gone beyond its layer."""
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
