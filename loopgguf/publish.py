@@ -191,6 +191,7 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "compensate": order.compensate,
         "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
         "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
+        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         "super weights": None if order.protection is None else order.protection.fingerprint,
         "device": settings.device,
         "max-memory": None if basis.chunks is None else settings.max_memory_bytes,

@@ -70,6 +70,7 @@ def left(name: str = "x") -> list[str]:
 
 
 FINISHED = ["x.gguf", "x.gguf.sha256"]
+LITTLE = 30 << 20  # bytes of memory: a gradient pass of the demo model goes layer by layer
 UNFINISHED = ["x.gguf.part", "x.loopgguf-job"]
 
 
@@ -386,17 +387,17 @@ def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path, model: Path) -> N
 # --- error feedback ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, 30 << 20])
-def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch, memory: int | None) -> None:
+@pytest.mark.parametrize("memory", [2 << 30, LITTLE])
+def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """Catches layers that are encoded or run again, and matrices of a layer that are gone when its tensor is done again.
 
     memory: with little of it the gradient pass goes block by block and is gone on with too.
     """
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
-    one = Settings(n_threads=1) if memory is None else Settings(n_threads=1, max_memory_bytes=memory)
+    one = Settings(n_threads=1, max_memory_bytes=memory)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     steps: list[int] = []
-    kills = (12,) if memory is None else (12, 9)
+    kills = (12,) if memory > LITTLE else (12, 9)
     for n in kills:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_at(patch, n, raising(Killed()))
@@ -407,16 +408,15 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
     assert Path("x.gguf").read_bytes() == whole and left() == FINISHED
     assert len(set(encoded)) == 57 - sum(n - 1 for n in kills)
     assert sum(len(log.feedback) for log in result.logs.values()) > 20
-    if memory is not None:
+    if memory == LITTLE:
         assert len(steps) < 12 * 3 * 6, "finished layers were run again"
 
 
 @pytest.mark.parametrize(("n", "n_chunks"), [(45, {12}), (57, set())])
 def test_error_feedback_from_a_gguf_goes_on(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, n: int, n_chunks: set[int]) -> None:
     """Catches passes over the text for layers that are finished, and matrices of another block for those that are not."""
-    monkeypatch.setattr(publish, "run_feedback", partial(run_feedback, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4))
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
-    one = Settings(n_threads=1)
+    one = Settings(n_threads=1, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4)
     whole = quantize(demo_gguf, Path("whole.gguf"), request, one).paths[0].read_bytes()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_at(patch, n, raising(Killed()))
@@ -431,7 +431,7 @@ def test_error_feedback_from_a_gguf_goes_on(demo_gguf: Path, monkeypatch: pytest
 def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor that silently gets the plain encoder's bytes, for the pass has gone beyond its layer."""
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
-    one = Settings(n_threads=1, max_memory_bytes=30 << 20)
+    one = Settings(n_threads=1, max_memory_bytes=LITTLE)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_at(patch, 30, raising(Killed()))
