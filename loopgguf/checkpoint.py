@@ -264,7 +264,7 @@ class StopRequest:
                 signal.signal(stop, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.should_stop = True
-        logger.warning("stopping after this step; once more stops at once and loses the step")
+        logger.warning("stopping after this step; once more gives it up, a third time ends the process")
 
 
 class Job(StopRequest):

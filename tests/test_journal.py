@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -146,6 +147,24 @@ def test_the_first_signal_ends_the_tensor_and_says_how_to_go_on(
     encoded.clear()
     quantize(model, Path("x.gguf"), REQUEST)
     assert Path("x.gguf").read_bytes() == whole and 0 < len(encoded) < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM to oneself")
+def test_a_stop_while_errors_are_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the errors of finished tensors lost, or a stop that waits for the whole table."""
+    request = QuantizeRequest(target_bpw=9, use_imatrix=False)
+    whole = quantize(model, Path("whole.gguf"), request, Settings(n_threads=1)).paths[0].read_bytes()
+    shutil.rmtree(Path("cache") / "loopgguf" / "errors")
+
+    def stop(phase: str, done: int, _total: int) -> None:
+        if phase == "measure errors" and done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after the errors of 3 of 9 tensors; they are kept in the cache"):
+        quantize(model, Path("x.gguf"), request, Settings(n_threads=1, progress=stop))
+    assert left() == [] and len(list((Path("cache") / "loopgguf" / "errors").iterdir())) == 3
+    quantize(model, Path("x.gguf"), request, Settings(n_threads=1))
+    assert Path("x.gguf").read_bytes() == whole
 
 
 def test_damaged_tensors_are_encoded_again(
