@@ -194,7 +194,6 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         "super weights": None if order.protection is None else order.protection.fingerprint,
         "device": settings.device,
-        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         **{f"{name} version": importlib.metadata.version(name) for name in libraries},
     }
 
