@@ -210,9 +210,9 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "compensate": order.compensate,
         "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
         "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
+        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         "super weights": None if order.protection is None else order.protection.fingerprint,
         "device": settings.device,
-        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         **{f"{name} version": importlib.metadata.version(name) for name in libraries},
     }
 
@@ -273,6 +273,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
         layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
+        if not source.is_checkpoint:
+            layers.discard(None)  # embeddings go by gradients
         if layers:
             _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))
@@ -302,6 +304,7 @@ def _run_pass(
         max_memory_bytes=settings.max_memory_bytes,
         progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
         work=work if n_bytes else None,
+        wanted=layers,
     )
 
 
