@@ -233,10 +233,10 @@ class _Keys:
         return value
 
     def number(self, key: str) -> float:
-        """Return a required finite number above 0."""
+        """Return a required number above 0, of a size with which float32 can still reckon."""
         value = self.require(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            self.refuse(key, "a finite number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-15 <= value <= 1e15:
+            self.refuse(key, "a number from 1e-15 to 1e15")
         return float(value)
 
     def flag(self, key: str) -> bool:

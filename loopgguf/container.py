@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -149,7 +149,7 @@ def refuse_pointer(where: Path | str, start: bytes) -> None:
 class _Cursor:
     """Reads a header front to back; every read is checked against the bytes that are left."""
 
-    def __init__(self, stream: BufferedReader, path: Path, size: int) -> None:
+    def __init__(self, stream: BufferedReader[FileIO], path: Path, size: int) -> None:
         self.stream, self.path, self.size = stream, path, size
         self.position = 0
 

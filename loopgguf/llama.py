@@ -24,8 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import llama_cpp.llama_cpp as binding
 
-from loopgguf.container import Value, ValueType, read_shards
+from loopgguf.container import read_shards
 from loopgguf.errors import InputError
+from loopgguf.runnable import check_runnable
 
 EvalCallback = Callable[[int, bool], bool]
 
@@ -52,45 +53,11 @@ def _cause() -> str:
     return f" ({first})" if first else ""
 
 
-def _refuse_what_aborts(path: Path) -> None:
-    """Raise InputError for a file that the strict reader refuses, and for vocabularies at which llama.cpp ends the process
-    or reads behind an array: it takes the types and lengths of these for granted (src/llama-vocab.cpp)."""
-    metadata = read_shards(path)[0].metadata
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    n_tokens = len(tokens.data) if tokens is not None and isinstance(tokens.data, list) else 0
-    for key, item_types, n_least in (
-        ("tokens", (ValueType.STRING,), 0),
-        ("scores", (ValueType.FLOAT32,), n_tokens),
-        ("token_type", (ValueType.INT32,), n_tokens),
-        ("merges", (ValueType.STRING,), 0),
-        ("precompiled_charsmap", (ValueType.INT8, ValueType.UINT8), 0),
-    ):
-        value = metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            continue
-        if not isinstance(value.data, list) or value.item_type not in item_types:
-            kinds = " or ".join(item_type.name for item_type in item_types)
-            raise InputError(f"tokenizer.ggml.{key} in {path}: got {value.type.name}, expected an array of {kinds}. Convert the model again")
-        if len(value.data) < n_least:
-            raise InputError(
-                f"tokenizer.ggml.{key} in {path}: got {len(value.data)} values, expected one for each of {n_tokens} tokens. Convert the model again"
-            )
-    _refuse_token_twice(path, tokens)
-
-
-def _refuse_token_twice(path: Path, tokens: Value | None) -> None:
-    seen: dict[str, int] = {}
-    for number, text in enumerate(tokens.data if tokens is not None and isinstance(tokens.data, list) else ()):
-        known = str(text).partition("\0")[0]  # llama.cpp reads as far as that, and names empty ones after their number
-        if known and seen.setdefault(known, number) != number:
-            raise InputError(f"token {known!r:.80} in {path}: got it as {seen[known]} and as {number}, expected each once. Convert the model again")
-
-
 class Model:
-    """A loaded GGUF; a context manager. Raises InputError for one that `container.read_shards` refuses, or llama.cpp does."""
+    """A loaded GGUF; a context manager. Raises InputError for one that `container.read_shards`, `check_runnable` or llama.cpp refuses."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
-        _refuse_what_aborts(path)
+        check_runnable(read_shards(path)[0])
         binding.llama_log_set(_LOG_CALLBACK, None)
         _errors.clear()
         binding.llama_backend_init()

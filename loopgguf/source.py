@@ -39,6 +39,7 @@ from loopgguf.documents import load_json
 from loopgguf.errors import InputError, UsageError
 from loopgguf.formats import GgmlType, row_bytes
 from loopgguf.modelcard import read_model_card
+from loopgguf.runnable import check_runnable
 from loopgguf.safetensor import StoredTensor, Weights, read_weights
 from loopgguf.vocabulary import read_vocabulary
 
@@ -240,6 +241,7 @@ def _open_gguf(path: Path, pre_tokenizer: str | None) -> Source:
     metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith("split.")}
     tensors = [_gguf_tensor(file, info, shard) for shard, file in enumerate(files) for info in file.tensors]
     _refuse_no_model(path, metadata, tensors)
+    check_runnable(files[0])
     headers = [(file.path, min(file.data_offset, file.size_bytes)) for file in files]
     take_fingerprint = partial(_fingerprint, headers, (), "gguf")
     return Source(

@@ -45,6 +45,7 @@ ImatrixFormat = Literal["gguf", "dat"]
 SQUARES, COUNTS, SUMS, MAXIMA = ".in_sum2", ".counts", ".in_sum", ".in_max"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 MAX_WEIGHT_NAME_BYTES = MAX_NAME_BYTES - len(SQUARES)
+_MAX_SUM = float(np.finfo(np.float32).max)
 _MAX_COUNT = 2.0**48  # tokens: far beyond any text, and sums of counts stay exact
 # of a matrix's median positive importance: below this a whole block would be encoded as zeros (ggml-quants.c divides
 # by sums of importances); the median, not the mean, because one massive activation can be 10⁶ times its neighbours
@@ -297,8 +298,8 @@ def _in_tokens(part: Statistics, chunk_size: int) -> Mapping[str, Columns]:
 def _narrowed(name: str, values: NDArray[np.float64]) -> FloatArray:
     """Return sums as float32. Raises InputError naming the weight where they are beyond it."""
     largest = float(np.abs(values).max(initial=0))
-    if largest > np.finfo(np.float32).max:
-        raise InputError(f"sums of {name}, merged: got {largest:g}, expected at most {np.finfo(np.float32).max:g}. One of the imatrices is damaged")
+    if largest > _MAX_SUM:
+        raise InputError(f"sums of {name}, merged: got {largest:g}, expected at most {_MAX_SUM:g}. One of the imatrices is damaged")
     return values.astype(np.float32)
 
 

@@ -173,7 +173,7 @@ CASES: dict[str, Case] = {
     "imatrix of another model": lambda place: _with_imatrix(place, _imatrix(place, "blk.7.attn_q.weight", 1)),
     "malformed imatrix": lambda place: _with_imatrix(place, place.write("a.imatrix.dat", b"\1\0\0\0\xff\xff\xff\xff")),
     "sums of squares of": lambda place: _with_imatrix(place, _imatrix(place, "blk.0.attn_q.weight", float("nan"))),
-    "… cannot be encoded without imatrix data": lambda place: _quantize(place.gguf, "--quant-type", "IQ2_XXS", "--no-imatrix"),
+    "… cannot be encoded without imatrix data": lambda place: _quantize(place.model, "--quant-type", "IQ2_XXS", "--no-imatrix"),
     "tensor … holds NaN": lambda place: _weight(place, float("nan"), "Q4_0"),
     "tensor … holds a value beyond": lambda place: _weight(place, 1e5, "F16"),
     "size: got": lambda place: _quantize(place.gguf, "--size", "1kB", "--no-imatrix"),

@@ -55,11 +55,9 @@ METADATA: dict[str, tuple[Mapping[str, Value | None], list[str]]] = {
     "no block_count": ({"llama.block_count": None}, ["block_count"]),
     "block_count is a text": ({"llama.block_count": string("1")}, ["block_count", "got '1'"]),
     "block_count 0": ({"llama.block_count": uint32(0)}, ["block_count"]),
-    "2^32 - 1 layers": ({"llama.block_count": uint32(2**32 - 1)}, ["llama.cpp cannot load"]),
-    "head_count 0": ({"llama.attention.head_count": uint32(0)}, ["llama.cpp cannot load"]),
+    "2^32 - 1 layers": ({"llama.block_count": uint32(2**32 - 1)}, ["block_count", "4294967295"]),
     "head_count is a text": ({"llama.attention.head_count": string("2")}, ["head_count"]),
     "no vocabulary": ({"tokenizer.ggml.model": None}, ["tokenizer.ggml.model"]),
-    "unknown vocabulary": ({"tokenizer.ggml.model": string("starship")}, ["starship"]),
     "no tokens": ({"tokenizer.ggml.tokens": None}, ["tokenizer"]),
     "tokens are numbers": ({"tokenizer.ggml.tokens": INTEGERS}, ["tokenizer.ggml.tokens", "array of STRING"]),
     "tokens are a text": ({"tokenizer.ggml.tokens": string("abc")}, ["tokenizer.ggml.tokens", "got STRING"]),
@@ -73,11 +71,14 @@ METADATA: dict[str, tuple[Mapping[str, Value | None], list[str]]] = {
     ),
     "a token twice": ({"tokenizer.ggml.tokens": array(ValueType.STRING, ["a"] * N_VOCAB)}, ["token 'a'", "as 0 and as 1"]),
     "a token twice up to its NUL": ({"tokenizer.ggml.tokens": array(ValueType.STRING, [f"a\0{i}" for i in range(N_VOCAB)])}, ["token 'a'"]),
+    "no token for a byte": ({"tokenizer.ggml.tokens": array(ValueType.STRING, [f"<0x{n:02X}>" for n in range(1, N_VOCAB + 1)])}, ["the byte 0x00"]),
+    "unknown rope scaling": ({"llama.rope.scaling.type": string("1/0")}, ["rope.scaling.type", "got 1/0"]),
     "negative epsilon": ({"llama.attention.layer_norm_rms_epsilon": float32(-1.0)}, ["epsilon"]),
     "epsilon is NaN": ({"llama.attention.layer_norm_rms_epsilon": float32(float("nan"))}, ["epsilon"]),
     "experts without end": ({"llama.expert_count": uint32(2**31)}, ["expert_count"]),
     "experts that are not used": ({"llama.expert_count": uint32(4)}, ["expert"]),
     "more experts used than there are": ({"llama.expert_used_count": uint32(4)}, ["expert"]),
+    "more experts used in a layer than there are": ({"llama.expert_used_count": array(ValueType.UINT32, [4])}, ["expert"]),
 }
 
 
@@ -86,6 +87,16 @@ def test_metadata_that_llama_cpp_trips_over(run: Run, tmp_path: Path, changes: M
     """A process that llama.cpp aborts, without a line of ours, or a read behind the end of an array."""
     path = write_tiny_llama(tmp_path / "tiny.gguf", changes=changes)
     refused(run("quantize", path, *PLAIN), 3, *words)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"llama.attention.head_count": uint32(0)}, {"tokenizer.ggml.model": string("starship")}], ids=["head_count 0", "vocabulary"]
+)
+def test_metadata_that_llama_cpp_refuses_itself(run: Run, tmp_path: Path, changes: Mapping[str, Value | None]) -> None:
+    """A file published although nothing can load it."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", changes=changes)
+    refused(run("quantize", path, *PLAIN), 1, "llama.cpp cannot load")
+    refused(run("imatrix", path), 3, "llama.cpp cannot load")
 
 
 # --- splits -------------------------------------------------------------------------------------------------------------
@@ -184,7 +195,7 @@ IMATRICES: dict[str, tuple[Callable[[Place], Path], list[str]]] = {
     "counts 0": (lambda place: _write_imatrix(place, ONES, np.zeros((1, 1))), [Q, "0 tokens"]),
     "counts NaN": (lambda place: _write_imatrix(place, ONES, np.full((1, 1), np.nan)), [Q, "counts", "nan"]),
     "counts negative": (lambda place: _write_imatrix(place, ONES, -np.ones((1, 1))), [Q, "counts", "-1"]),
-    "counts beyond any text": (lambda place: _write_imatrix(place, ONES, np.full((1, 1), 1e30)), [Q, "counts", "1e+30"]),
+    "counts beyond any text": (lambda place: _write_imatrix(place, ONES, np.full((1, 1), 1e30)), [Q, "counts", "e+30"]),
     "another width": (lambda place: _save(place, Q, np.ones((1, 64)), [512]), [Q, "got 64 columns", "expected 32"]),
     "another number of experts": (lambda place: _save(place, Q, np.ones((2, 32)), [5, 5]), [Q, "got 2 experts", "expected 1"]),
     "no name of the model": (lambda place: _save(place, "blk.9.attn_q.weight", np.ones((1, 32)), [5]), ["another model", "blk.9.attn_q.weight"]),
@@ -354,7 +365,7 @@ VALUES: dict[str, np.ndarray] = {
 }
 
 
-@pytest.mark.parametrize("quant_type", ["Q4_0", "Q8_0", "IQ4_NL", "Q4_K_M"])
+@pytest.mark.parametrize("quant_type", ["Q4_0", "IQ4_NL"])
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
 def test_values_that_are_strange_but_finite(place: Place, quant_type: str, values: np.ndarray) -> None:
     """NaN scales of a block of zeros, or a model refused for an outlier that its type can hold."""

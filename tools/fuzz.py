@@ -197,12 +197,15 @@ def fuzz_by_coverage(names: Sequence[str], seconds: int, findings: Path) -> bool
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
-def print_table(results: Sequence[Result]) -> None:
-    """Print a line per parser: inputs, findings, and which share of the inputs got past each stage."""
-    print(f"{'parser':<14} {'inputs':>9} {'findings':>9}" + "".join(f" {stage:>13}" for stage in STAGES) + f" {'seconds':>8}")
-    for result in results:
-        shares = "".join(f" {n / result.n_inputs:>12.1%} " for n in result.passed)
-        print(f"{result.parser:<14} {result.n_inputs:>9,} {result.n_findings:>9,}{shares} {result.seconds:>7.0f}")
+def print_header() -> None:
+    """Print what the columns are: inputs, findings, and which share of the inputs got past each stage."""
+    print(f"{'parser':<14} {'inputs':>9} {'findings':>9}" + "".join(f" {stage:>13}" for stage in STAGES) + f" {'seconds':>8}", flush=True)
+
+
+def print_row(result: Result) -> None:
+    """Print how one parser did."""
+    shares = "".join(f" {n / result.n_inputs:>12.1%} " for n in result.passed)
+    print(f"{result.parser:<14} {result.n_inputs:>9,} {result.n_findings:>9,}{shares} {result.seconds:>7.0f}", flush=True)
 
 
 def print_causes(folder: Path) -> None:
@@ -223,8 +226,11 @@ def main() -> None:
     given = options.parse_args()
     if given.atheris:
         sys.exit(0 if fuzz_by_coverage(given.parser or list(PARSERS), given.seconds, given.findings) else 1)
-    results = [fuzz(PARSERS[name], given.mutations, given.seed, given.findings) for name in given.parser or PARSERS]
-    print_table(results)
+    results = []
+    print_header()
+    for name in given.parser or PARSERS:
+        results.append(fuzz(PARSERS[name], given.mutations, given.seed, given.findings))
+        print_row(results[-1])
     print_causes(given.findings)
     sys.exit(0 if all(result.is_good for result in results) else 1)
 

@@ -279,7 +279,10 @@ def _profile_seeds() -> list[Seed]:
         tree = mutate_tree(rng, _PROFILE)
         if rng.random() < 0.5:
             return spell_json(rng, tree)
-        raw = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+        try:
+            raw = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+        except RecursionError:  # the writer's own; JSON is YAML too
+            return spell_json(rng, tree)
         return mutate_bytes(rng, raw) if rng.random() < 0.2 else raw
 
     return [Seed("mine.yaml", yaml.safe_dump(_PROFILE).encode(), mutate)]
