@@ -15,7 +15,7 @@ class LoopggufError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -177,8 +178,10 @@ def _roles(value: object, where: str) -> tuple[str, ...]:
 def check_regex(pattern: str, where: str) -> str:
     """Return `pattern` if Python's `re` accepts it, else raise UsageError saying where and why it does not."""
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # a pattern that a later Python will read otherwise
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise UsageError(f"bad regular expression in {where}: got {pattern[:80]!r}: {error}") from None
     return pattern
 

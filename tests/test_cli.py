@@ -15,6 +15,7 @@ import pytest
 from command_line import Run, refused
 from faults import Disk
 
+from loopgguf import cli
 from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
 from loopgguf.statistics import Columns, Statistics, load_imatrix, save_imatrix
@@ -312,6 +313,12 @@ def test_a_gpu_that_is_not_there(run: Run, demo_model: Path, demo_gguf: Path, mo
     for command in ("imatrix", "quantize", "plan"):
         refused(run(command, demo_model, "--device", "cuda"), 2, "--device: got cuda, expected cpu", "finds no CUDA GPU")
         refused(run(command, demo_gguf, "--device", "cuda"), 2, "is a GGUF, which llama.cpp runs on the CPU")
+
+
+def test_notes_are_single_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A token's text in a note that breaks the line, or that moves the cursor of the user's terminal."""
+    cli._print_notes(("token 'a\n\x1b[2J' is left out",))
+    assert capsys.readouterr().err == "note: token 'a\\n\\x1b[2J' is left out\n"
 
 
 def test_not_a_model(run: Run, tmp_path: Path) -> None:

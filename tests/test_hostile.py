@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from command_line import Place, Run, refused
 from test_container import HOSTILE
-from tiny_llama import N_VOCAB, write_tiny_llama
+from test_runnable import METADATA
+from tiny_llama import write_tiny_llama
 
 from loopgguf.accumulators import Columns
-from loopgguf.container import Value, ValueType, array, float32, read_gguf, string, uint32, write_gguf
+from loopgguf.container import Value, ValueType, array, read_gguf, string, uint32, write_gguf
 from loopgguf.formats import GgmlType
 from loopgguf.safetensor import INDEX_NAME
 from loopgguf.statistics import Statistics, save_imatrix
@@ -43,46 +44,23 @@ def test_a_malformed_gguf(run: Run, tmp_path: Path, command: tuple[str, ...], ra
     path = tmp_path / "hostile.gguf"
     path.write_bytes(raw)
     name, *options = command
-    refused(run(name, path, *options), 3, *words)
+    said = words if name != "inspect" or raw.startswith(b"GGUF") else ["hostile.gguf"]  # of which `inspect` does not know that it was to be a GGUF
+    refused(run(name, path, *options), 3, *said)
 
 
-INTEGERS = array(ValueType.INT32, range(N_VOCAB))
-# changes of the metadata of a model that runs
-METADATA: dict[str, tuple[Mapping[str, Value | None], list[str]]] = {
+# what other modules than `runnable` refuse
+MISSING: dict[str, tuple[Mapping[str, Value | None], list[str]]] = {
     "no architecture": ({"general.architecture": None}, ["general.architecture"]),
     "architecture is a number": ({"general.architecture": uint32(7)}, ["general.architecture", "got 7"]),
     "unknown architecture": ({"general.architecture": string("starship")}, ["starship"]),
     "no block_count": ({"llama.block_count": None}, ["block_count"]),
     "block_count is a text": ({"llama.block_count": string("1")}, ["block_count", "got '1'"]),
-    "block_count 0": ({"llama.block_count": uint32(0)}, ["block_count"]),
-    "2^32 - 1 layers": ({"llama.block_count": uint32(2**32 - 1)}, ["block_count", "4294967295"]),
     "head_count is a text": ({"llama.attention.head_count": string("2")}, ["head_count"]),
     "no vocabulary": ({"tokenizer.ggml.model": None}, ["tokenizer.ggml.model"]),
-    "no tokens": ({"tokenizer.ggml.tokens": None}, ["tokenizer"]),
-    "tokens are numbers": ({"tokenizer.ggml.tokens": INTEGERS}, ["tokenizer.ggml.tokens", "array of STRING"]),
-    "tokens are a text": ({"tokenizer.ggml.tokens": string("abc")}, ["tokenizer.ggml.tokens", "got STRING"]),
-    "scores are integers": ({"tokenizer.ggml.scores": INTEGERS}, ["tokenizer.ggml.scores", "array of FLOAT32"]),
-    "scores are missing": ({"tokenizer.ggml.scores": array(ValueType.FLOAT32, [0.0])}, ["tokenizer.ggml.scores", "got 1 values"]),
-    "types are missing": ({"tokenizer.ggml.token_type": array(ValueType.INT32, [])}, ["tokenizer.ggml.token_type", "got 0 values"]),
-    "types are texts": ({"tokenizer.ggml.token_type": array(ValueType.STRING, ["a"] * N_VOCAB)}, ["tokenizer.ggml.token_type", "array of INT32"]),
-    "merges are numbers": (
-        {"tokenizer.ggml.model": string("gpt2"), "tokenizer.ggml.pre": string("gpt-2"), "tokenizer.ggml.merges": INTEGERS},
-        ["tokenizer.ggml.merges", "array of STRING"],
-    ),
-    "a token twice": ({"tokenizer.ggml.tokens": array(ValueType.STRING, ["a"] * N_VOCAB)}, ["token 'a'", "as 0 and as 1"]),
-    "a token twice up to its NUL": ({"tokenizer.ggml.tokens": array(ValueType.STRING, [f"a\0{i}" for i in range(N_VOCAB)])}, ["token 'a'"]),
-    "no token for a byte": ({"tokenizer.ggml.tokens": array(ValueType.STRING, [f"<0x{n:02X}>" for n in range(1, N_VOCAB + 1)])}, ["the byte 0x00"]),
-    "unknown rope scaling": ({"llama.rope.scaling.type": string("1/0")}, ["rope.scaling.type", "got 1/0"]),
-    "negative epsilon": ({"llama.attention.layer_norm_rms_epsilon": float32(-1.0)}, ["epsilon"]),
-    "epsilon is NaN": ({"llama.attention.layer_norm_rms_epsilon": float32(float("nan"))}, ["epsilon"]),
-    "experts without end": ({"llama.expert_count": uint32(2**31)}, ["expert_count"]),
-    "experts that are not used": ({"llama.expert_count": uint32(4)}, ["expert"]),
-    "more experts used than there are": ({"llama.expert_used_count": uint32(4)}, ["expert"]),
-    "more experts used in a layer than there are": ({"llama.expert_used_count": array(ValueType.UINT32, [4])}, ["expert"]),
 }
 
 
-@pytest.mark.parametrize(("changes", "words"), METADATA.values(), ids=METADATA.keys())
+@pytest.mark.parametrize(("changes", "words"), [*METADATA.values(), *MISSING.values()], ids=[*METADATA, *MISSING])
 def test_metadata_that_llama_cpp_trips_over(run: Run, tmp_path: Path, changes: Mapping[str, Value | None], words: list[str]) -> None:
     """A process that llama.cpp aborts, without a line of ours, or a read behind the end of an array."""
     path = write_tiny_llama(tmp_path / "tiny.gguf", changes=changes)
@@ -346,30 +324,30 @@ def test_a_link_into_the_hub_s_cache_is_no_link_out(place: Place) -> None:
 
 # --- values -------------------------------------------------------------------------------------------------------------
 
-FF_DOWN = "blk.0.ffn_down.weight"
 
-
-def _fill(place: Place, values: np.ndarray) -> None:
-    info = place.tensor(FF_DOWN)
+def _fill(place: Place, name: str, values: np.ndarray) -> None:
+    """Give a weight of the GGUF other values; a row, or one for each row."""
+    info = place.tensor(name)
     place.patch(info.offset, np.broadcast_to(values, info.shape).astype("<f4").tobytes())
 
 
-VALUES: dict[str, np.ndarray] = {
-    "zeros": np.zeros(64),
-    "negative zeros": np.full(64, -0.0),
-    "a constant": np.full(64, 0.25),
-    "denormals": np.full(64, 1e-42),
-    "the smallest denormal": np.full(64, 1.4e-45),
-    "an outlier of 65505": np.where(np.arange(64) == 3, 65505.0, 0.01),
-    "rows of zeros and ones": np.arange(32)[:, None] % 2 * np.ones(64),
+COLUMN = np.arange(32)
+STRANGE: dict[str, np.ndarray] = {
+    "blk.0.attn_q.weight": np.zeros(32),
+    "blk.0.attn_k.weight": np.full(32, -0.0),
+    "blk.0.attn_v.weight": np.full(32, 0.25),
+    "blk.0.attn_output.weight": np.full(32, 1e-42),
+    "blk.0.ffn_gate.weight": np.full(32, 1.4e-45),
+    "blk.0.ffn_up.weight": np.where(COLUMN == 3, 65505.0, 0.01),
+    "output.weight": np.arange(264)[:, None] % 2 * np.ones(32),
 }
 
 
-@pytest.mark.parametrize("quant_type", ["Q4_0", "IQ4_NL"])
-@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
-def test_values_that_are_strange_but_finite(place: Place, quant_type: str, values: np.ndarray) -> None:
-    """NaN scales of a block of zeros, or a model refused for an outlier that its type can hold."""
-    _fill(place, values)
+@pytest.mark.parametrize("quant_type", ["Q4_0", "IQ4_NL", "Q8_0"])
+def test_values_that_are_strange_but_finite(place: Place, quant_type: str) -> None:
+    """NaN scales of zeros, constants or denormals; a model refused for an outlier that its type can hold."""
+    for name, values in STRANGE.items():
+        _fill(place, name, values)
     done = place.run("quantize", place.gguf, "--quant-type", quant_type, "--no-imatrix", "-o", "x.gguf")
     assert done.code == 0, done.err
     assert place.run("verify", "x.gguf", "--against", place.gguf).code == 0
@@ -386,8 +364,8 @@ def test_values_that_are_strange_but_finite(place: Place, quant_type: str, value
 )
 def test_values_that_no_block_can_hold(place: Place, value: float, code: int, words: list[str]) -> None:
     """A file that loads and says `GGGGGG`."""
-    _fill(place, np.where(np.arange(64) == 3, value, 0.01))
-    refused(place.run("quantize", place.gguf, *PLAIN), code, FF_DOWN, *words)
+    _fill(place, "blk.0.ffn_up.weight", np.where(COLUMN == 3, value, 0.01))
+    refused(place.run("quantize", place.gguf, *PLAIN), code, "blk.0.ffn_up.weight", *words)
 
 
 # --- calibration --------------------------------------------------------------------------------------------------------
@@ -471,11 +449,9 @@ def test_no_code_of_a_model_runs(place: Place) -> None:
     made = place.run("imatrix", ".", "-f", place.write("a.txt", "Once upon a time there was a fox. " * 60), "-c", 64, "--samples", 2, "-o", "../a.imatrix.gguf")
     assert made.code == 0, made.err
     assert place.run("quantize", ".", "--quant-type", "Q4_0", "--imatrix", "../a.imatrix.gguf", "-o", "../x.gguf").code == 0
-    assert place.run("verify", "../x.gguf", "--against", ".").code == 0
     chat = place.write("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
-    for model in (".", "../x.gguf"):
-        done = place.run("imatrix", model, "-f", chat, "-o", "../b.imatrix.gguf")
-        assert done.code == 3 and "SecurityError" in done.error
+    done = place.run("imatrix", ".", "-f", chat, "-o", "../b.imatrix.gguf")
+    assert done.code == 3 and "SecurityError" in done.error
     assert not marker.exists()
 
 
