@@ -258,34 +258,31 @@ def _parse_config(path: Path) -> None:
         architectures.rope_factors(numbers)
 
 
-_PROFILE = {
-    "name": "mine",
-    "description": "an example",
-    "file_type": "q4_k_m",
-    "default": "q4_k",
-    "types": ["IQ4_XS", "Q5_K"],
-    "rules": [
-        {"role": "output", "type": "Q6_K"},
-        {"role": ["attn_v", "attn_k"], "layers": ["0-3", 7], "type": "Q5_K"},
-        {"role": "ffn_down", "layers": {"first": "1/8", "last": 2}, "floor": "Q4_K", "ceiling": "Q8_0"},
-        {"match": r"blk\.1[0-2]\.ffn_(up|gate)", "type": "IQ4_XS"},
-    ],
-}
+# small ones: PyYAML reads a hundred bytes a millisecond
+_PROFILES: tuple[dict[str, Any], ...] = (
+    {"name": "mine", "description": "an example", "file_type": "q4_k_m", "default": "q4_k", "rules": [{"role": "output", "type": "Q6_K"}]},
+    {"default": "q4_k", "rules": [{"role": ["attn_v", "attn_k"], "layers": ["0-3", 7], "type": "Q5_K"}]},
+    {"default": "q4_k", "types": ["IQ4_XS", "Q5_K"], "rules": [{"role": "ffn_down", "layers": {"first": "1/8", "last": 2}, "floor": "Q4_K"}]},
+    {"default": "q4_k", "rules": [{"match": r"blk\.1[0-2]\.ffn_(up|gate)", "ceiling": "Q8_0"}]},
+)
+
+
+def _spell_yaml(rng: Random, tree: object) -> bytes:
+    if rng.random() < 0.5:
+        return spell_json(rng, tree)
+    try:
+        raw = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+    except RecursionError:  # the writer's own; JSON is YAML too
+        return spell_json(rng, tree)
+    return mutate_bytes(rng, raw) if rng.random() < 0.2 else raw
 
 
 @cache
 def _profile_seeds() -> list[Seed]:
-    def mutate(rng: Random) -> bytes:
-        tree = mutate_tree(rng, _PROFILE)
-        if rng.random() < 0.5:
-            return spell_json(rng, tree)
-        try:
-            raw = yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
-        except RecursionError:  # the writer's own; JSON is YAML too
-            return spell_json(rng, tree)
-        return mutate_bytes(rng, raw) if rng.random() < 0.2 else raw
+    def of(tree: object) -> Seed:
+        return Seed("mine.yaml", yaml.safe_dump(tree).encode(), lambda rng: _spell_yaml(rng, mutate_tree(rng, tree)))
 
-    return [Seed("mine.yaml", yaml.safe_dump(_PROFILE).encode(), mutate)]
+    return [of(tree) for tree in _PROFILES]
 
 
 def _parse_profile(path: Path) -> None:
