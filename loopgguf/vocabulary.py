@@ -269,15 +269,11 @@ def _looks_special(text: str) -> bool:
 
 
 def _check_texts(tokens: _Tokens, path: Path) -> None:
-    """Refuse what makes llama.cpp abort the process: a text twice; and what GGUF cannot hold: half a surrogate pair."""
+    """Refuse what makes llama.cpp abort the process: a text twice."""
     seen: dict[str, int] = {}
     for token, text in enumerate(tokens.texts):
         if seen.setdefault(text, token) != token:
             raise _wrong(path, f"token {text!r}", f"the ids {seen[text]} and {token}", "each text once, for llama.cpp finds tokens by text")
-    try:
-        "".join(tokens.texts).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _wrong(path, "vocabulary", repr(error.object[error.start]), "text that UTF-8 can hold") from error
 
 
 def _read_model_vocab(files: TokenizerFiles, n_vocab: int) -> _Tokens:
@@ -386,6 +382,9 @@ def _parse_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bool
         raise _wrong(path, "content", "something else", "a SentencePiece model", remedy) from error
     if not pieces:
         raise _wrong(path, "pieces", "none", "a SentencePiece vocabulary")
+    broken = next((number for number, (text, _, _) in enumerate(pieces) if not isinstance(text, str)), None)
+    if broken is not None:  # protobuf hands out bytes then
+        raise _wrong(path, f"piece {broken}", repr(pieces[broken][0]), "UTF-8")
     return pieces, bool(model.normalizer_spec.add_dummy_prefix)
 
 
@@ -607,6 +606,16 @@ def _model_extras(config: Mapping[str, object], model: str) -> dict[str, Value]:
     return {"tokenizer.ggml.add_bos_token": boolean(False)} if size == 49152 else {}
 
 
+def _check_spelling(metadata: Mapping[str, Value], folder: Path) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and UTF-8 cannot, wherever it stands."""
+    for key, value in metadata.items():
+        texts = value.data if isinstance(value.data, list) else [value.data]
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _wrong(folder, key, repr(error.object[error.start]), "text that UTF-8 can hold") from error
+
+
 def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """Return the tokenizer.* keys for the model in `folder`.
 
@@ -632,4 +641,5 @@ def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pr
     metadata |= _read_special_metadata(files, config, tokens, pre if model == "gpt2" else SPM, notes)
     metadata |= _prefix_metadata(files, config, tokens)
     metadata |= _model_extras(config, model) | _template_metadata(_read_templates(files))
+    _check_spelling(metadata, folder)
     return Vocabulary(metadata, tuple(notes))

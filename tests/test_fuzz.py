@@ -11,38 +11,36 @@ from random import Random
 
 import fuzz
 import pytest
-from fuzz_targets import MAX_SEED_BYTES, PARSERS, STAGES, Finding, Parser, Recorder, Seed, check_one
+from fuzz_targets import MAX_SEED_BYTES, PARSERS, STAGES, Finding, Parser, Recorder, Seed, check_one, lay_out
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loopgguf.errors import InputError
 
 
-def _lay_out(folder: Path, seed: Seed) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, raw in seed.beside.items():
-        (folder / name).write_bytes(raw)
-    return folder
-
-
 @pytest.mark.parametrize("name", PARSERS)
 def test_seeds_are_valid_and_small(name: str, tmp_path: Path) -> None:
     """A fuzzer whose seeds are refused by the first check, and that tests nothing behind it."""
-    for i, seed in enumerate(PARSERS[name].seeds()):
+    seeds = PARSERS[name].seeds()
+    for seed, folder in zip(seeds, lay_out(tmp_path, seeds), strict=True):
         with Recorder(PARSERS[name]) as recorder:
-            assert check_one(PARSERS[name], _lay_out(tmp_path / str(i), seed), seed, seed.valid)
+            assert check_one(PARSERS[name], folder, seed, seed.valid)
         assert recorder.passed
         assert len(seed.valid) < MAX_SEED_BYTES
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(rng=st.randoms(use_true_random=False), number=st.integers(0, 5))
-def test_mutants_are_read_or_refused_in_one_line(tmp_path: Path, name: str, rng: Random, number: int) -> None:
+def test_mutants_are_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     """An exception of another class, a warning, a message of several lines, or a file left behind, whatever a stranger's file says."""
     seeds = PARSERS[name].seeds()
-    seed = seeds[number % len(seeds)]
-    check_one(PARSERS[name], _lay_out(tmp_path / str(number), seed), seed, seed.mutate(rng))
+    folders = lay_out(tmp_path, seeds)
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(rng=st.randoms(use_true_random=False), which=st.integers(0, len(seeds) - 1))
+    def check(rng: Random, which: int) -> None:
+        check_one(PARSERS[name], folders[which], seeds[which], seeds[which].mutate(rng))
+
+    check()
 
 
 def test_mutants_depend_on_their_number_alone() -> None:

@@ -2,7 +2,7 @@
 
     python tools/fuzz.py --mutations 200000 --seed 0            # all parsers, one after the other
     python tools/fuzz.py --mutations 20000 --parser tokenizer   # one of them
-    python tools/fuzz.py --atheris --seconds 600                # by coverage instead, for as long as asked (pip install atheris)
+    python tools/fuzz.py --atheris --seconds 600                # by coverage instead, for as long as asked (pip install 'loopgguf[fuzz]')
 
 A finding is an exception other than `LoopggufError`, a warning, a message that is not one printable line, a file left
 behind, a crash, more than 5 s or more than 512 MiB for one input of some kilobytes; it is saved with its bytes. The same
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fuzz_targets import PARSERS, STAGES, Finding, Parser, Recorder, Seed, check_one
+from fuzz_targets import PARSERS, STAGES, Finding, Parser, Recorder, Seed, check_one, lay_out
 
 MAX_SECONDS = 5.0  # for one input
 MAX_START_SECONDS = 120.0
@@ -63,24 +64,14 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _seed_folders(scratch: Path, seeds: Sequence[Seed]) -> list[Path]:
-    """Return a folder for each seed, with the files that lie beside it."""
-    folders = []
-    for i, seed in enumerate(seeds):
-        folders.append(scratch / str(i))
-        folders[-1].mkdir()
-        for name, raw in seed.beside.items():
-            (folders[-1] / name).write_bytes(raw)
-    return folders
-
-
 def _work(name: str, seed: int, start: int, stop: int, counters: Any, findings: Path) -> None:
     """Check mutants start…stop, telling in `counters` which is next, how many findings there were, how many passed each stage."""
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", ResourceWarning)  # llama_cpp leaves /dev/null open
     parser = PARSERS[name]
     seeds = parser.seeds()
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch, Recorder(parser) as recorder:
-        folders = _seed_folders(Path(scratch), seeds)
+        folders = lay_out(Path(scratch), seeds)
         for valid, folder in zip(seeds, folders, strict=True):
             if not check_one(parser, folder, valid, valid.valid):
                 raise SystemExit(f"{name}: the seed {valid.file_name} is refused")
@@ -159,37 +150,11 @@ def fuzz(parser: Parser, n_mutants: int, seed: int, findings: Path) -> Result:
 # --- by coverage ----------------------------------------------------------------------------------------------------------
 
 
-def _run_atheris(name: str, seconds: int, findings: Path) -> None:
-    """Let libFuzzer mutate the seeds, led by what they cover; it ends the process, with another code than 0 at the first finding."""
-    import atheris
-
-    warnings.simplefilter("error")
-    parser = PARSERS[name]
-    seeds = parser.seeds()
-    scratch, corpus = (Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-")) for kind in ("scratch", "corpus"))
-    folders = _seed_folders(scratch, seeds)
-    for i, seed in enumerate(seeds):
-        (corpus / str(i)).write_bytes(bytes((i,)) + seed.valid)
-
-    def check(data: bytes) -> None:
-        which = data[0] % len(seeds) if data else 0  # the first byte says which file it stands for
-        check_one(parser, folders[which], seeds[which], data[1:])
-
-    atheris.instrument_all()
-    findings.mkdir(parents=True, exist_ok=True)
-    limits = [f"-max_total_time={seconds}", f"-timeout={MAX_SECONDS:.0f}", "-max_len=4096", f"-artifact_prefix={findings}/{name}-"]
-    atheris.Setup([sys.argv[0], *limits, str(corpus)], check)
-    atheris.Fuzz()
-
-
 def fuzz_by_coverage(names: Sequence[str], seconds: int, findings: Path) -> bool:
-    """Give each parser its share of the time; return whether nothing was found."""
-    codes = {}
-    for name in names:
-        process = _SPAWN.Process(target=_run_atheris, args=(name, max(1, seconds // len(names)), findings))
-        process.start()
-        process.join()
-        codes[name] = process.exitcode
+    """Give each parser its share of the time under atheris; return whether nothing was found."""
+    findings.mkdir(parents=True, exist_ok=True)
+    program, share = Path(__file__).with_name("fuzz_coverage.py"), str(max(1, seconds // len(names)))
+    codes = {name: subprocess.run([sys.executable, str(program), name, share, str(findings)], check=False).returncode for name in names}
     print("\n".join(f"{name:<14} {'nothing found' if code == 0 else f'ended with {code}, see {findings}'}" for name, code in codes.items()))
     return not any(codes.values())
 

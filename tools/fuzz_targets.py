@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from mutations import Field, mutate_bytes, mutate_fields, mutate_tree, pack, spell_json
 
-from loopgguf import architectures, container, corpus, documents, planfile, profile, safetensor, statistics, vocabulary
+from loopgguf import architectures, container, corpus, documents, grams, planfile, profile, safetensor, statistics, tasks, vocabulary
 from loopgguf.errors import LoopggufError
 from loopgguf.formats import GgmlType, tensor_bytes
 from loopgguf.planner import Plan, PlanRow
@@ -205,6 +205,43 @@ def _parse_safetensors(path: Path) -> None:
             safetensor.read_array(stored)
 
 
+_GRAM_METADATA = {
+    "loopgguf.gram": "1",
+    "loopgguf.calibration": "abc",
+    "loopgguf.split": json.dumps({"holdout_chunks": [3, 7], "seed": 0, "label_seed": None}),
+}
+_GRAM_HEADER = {
+    "__metadata__": _GRAM_METADATA,
+    "inputs.blk.0.attn_norm": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]},
+    "inputs.blk.0.attn_norm/tokens": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]},
+    "first.blk.0.attn_norm": {"dtype": "F32", "shape": [3], "data_offsets": [32, 44]},
+    "first.blk.0.attn_norm/weight": {"dtype": "F64", "shape": [], "data_offsets": [44, 52]},
+    "holdout.inputs.blk.0.ffn_down_exps#1": {"dtype": "F32", "shape": [3], "data_offsets": [52, 64]},
+    "holdout.inputs.blk.0.ffn_down_exps#1/tokens": {"dtype": "I64", "shape": [], "data_offsets": [64, 72]},
+}
+_GRAM_DATA = (*(_floats(1, 2, 3, 4, 5, 6), np.int64(9).tobytes(), _floats(1, 2, 3), np.float64(2.5).tobytes(), _floats(1, 2, 3), np.int64(9).tobytes()),)
+
+
+@cache
+def _gram_seeds() -> list[Seed]:
+    data = b"".join(_GRAM_DATA)
+
+    def mutate(rng: Random) -> bytes:
+        if rng.random() < 0.5:
+            return _spell_safetensors(spell_json(rng, mutate_tree(rng, _GRAM_HEADER)), data)
+        return _spell_safetensors(json.dumps(_GRAM_HEADER).encode(), mutate_bytes(rng, data + bytes(8))[: len(data)].ljust(len(data), b"\xff"))
+
+    return [Seed("a.imatrix.gram-00001-of-00001.safetensors", _spell_safetensors(json.dumps(_GRAM_HEADER).encode(), data), mutate)]
+
+
+def _parse_grams(path: Path) -> None:
+    loaded = grams.load_grams(path.with_name("a.imatrix.gguf"))
+    for found in (loaded.train, loaded.holdout):
+        for kind in (*grams.MATRICES, *grams.VECTORS, *grams.CURVATURES):
+            for _ in getattr(found, kind).values():
+                pass
+
+
 @cache
 def _index_seeds() -> list[Seed]:
     def shard(*names: str) -> bytes:
@@ -363,6 +400,21 @@ def _parse_calibration(path: Path) -> None:
         pass
 
 
+_QUESTION = {"context": "2 + 2 =", "choices": [" 4", " 5", " 漢字"], "answer": 0}
+_SENTENCE = {"text": "Once upon a time"}
+
+
+@cache
+def _task_seeds() -> list[Seed]:
+    def of(row: object) -> Seed:
+        def mutate(rng: Random) -> bytes:
+            return b"\n".join(spell_json(rng, mutate_tree(rng, row) if rng.random() < 0.5 else row) for _ in range(3))
+
+        return Seed("a.jsonl", json.dumps(row).encode(), mutate)
+
+    return [of(_QUESTION), of(_SENTENCE)]
+
+
 # --- tokenizer files ----------------------------------------------------------------------------------------------------
 
 _N_VOCAB = 280
@@ -489,6 +541,8 @@ _READ_CONFIG = ((documents, "load_json"), (architectures, "find_family"), (archi
 _READ_PROFILE = ((profile._Loader, "get_single_data"), (profile, "_check_keys"), (profile, "_rule"))
 _READ_PLAN = ((planfile, "load_json"), (planfile, "_checked"), (planfile, "_parse_row"))
 _READ_TEXT = ((corpus, "_file_part"), (corpus, "_decode"), (corpus, "_to_row"))
+_READ_GRAMS = ((safetensor, "_read_header"), (safetensor, "parse_object"), (grams, "_read_split"))
+_READ_TASK = ((tasks, "read_whole"), (tasks, "parse_json"), (tasks, "_parse_row"))
 _READ_TOKENIZER = ((vocabulary, "read_files"), (vocabulary, "_read_tokens"), (vocabulary, "_check_texts"))
 
 PARSERS: Mapping[str, Parser] = {
@@ -503,6 +557,8 @@ PARSERS: Mapping[str, Parser] = {
         Parser("profile", _profile_seeds, _parse_profile, _stages(*_READ_PROFILE)),
         Parser("plan", _plan_seeds, planfile.load_plan, _stages(*_READ_PLAN)),
         Parser("calibration", _calibration_seeds, _parse_calibration, _stages(*_READ_TEXT)),
+        Parser("task", _task_seeds, tasks.load_task, _stages(*_READ_TASK)),
+        Parser("grams", _gram_seeds, _parse_grams, _stages(*_READ_GRAMS)),
         Parser("tokenizer", _tokenizer_seeds, _parse_tokenizer, _stages(*_READ_TOKENIZER)),
     )
 }
@@ -533,6 +589,17 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def lay_out(scratch: Path, seeds: Sequence[Seed]) -> list[Path]:
+    """Make a folder for each seed, with the files that lie beside it, and return them."""
+    folders = []
+    for i, seed in enumerate(seeds):
+        folders.append(scratch / str(i))
+        folders[-1].mkdir()
+        for name, raw in seed.beside.items():
+            (folders[-1] / name).write_bytes(raw)
+    return folders
 
 
 class Finding(Exception):
