@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -217,8 +218,8 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, which besides refuses a key given twice; PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, n in counts.items() if n > 1), None)
         if twice is not None:
             raise yaml.YAMLError(f"key {twice[:60]!r} twice in one mapping")
         return super().construct_mapping(node, deep=deep)
