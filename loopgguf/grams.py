@@ -241,8 +241,8 @@ class _OnDisk(Mapping[Any, Any]):
         stored, _ = self._entries[key]
         total, divisor = (read_array(part) for part in self._entries[key])
         largest = max(float(total.max(initial=0)), -float(total.min(initial=0)))  # NaN where there is one
-        if not largest <= _MAX_SUM or not 0 < float(divisor) <= _MAX_SUM:
-            raise _refuse(stored.path, f"tensor {stored.name!r:.120}", f"{largest:g} over {float(divisor):g}", "finite sums over a positive number")
+        if not largest <= _MAX_SUM or not 0 <= float(divisor) <= _MAX_SUM:
+            raise _refuse(stored.path, f"tensor {stored.name!r:.120}", f"{largest:g} over {float(divisor):g}", "finite sums over a number from 0")
         return self._decode(total, divisor)
 
     def __iter__(self) -> Iterator[Any]:
