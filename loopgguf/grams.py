@@ -36,8 +36,9 @@ Divided = Gram | FirstToken | Curvature
 FORMAT = "1"
 HOLDOUT = "holdout."
 MATRICES, VECTORS, CURVATURES = ("inputs", "weighted", "outputs"), ("first", "first_weighted"), ("curvature",)
+_MAX_SUM = 1e30  # beyond which products of two overflow
 _BLOCK = 512  # rows mirrored at a time
-_ENTRY = re.compile(rf"({re.escape(HOLDOUT)})?({'|'.join((*MATRICES, *VECTORS, *CURVATURES))})\.(.+?)(?:#(\d+))?")
+_ENTRY = re.compile(rf"({re.escape(HOLDOUT)})?({'|'.join((*MATRICES, *VECTORS, *CURVATURES))})\.(.+?)(?:#(\d{{1,6}}))?")
 
 
 # --- packing ------------------------------------------------------------------------------------------------------------
@@ -241,7 +242,11 @@ class _OnDisk(Mapping[Any, Any]):
         self._entries, self._decode = entries, decode
 
     def __getitem__(self, key: Any) -> Divided:
-        total, divisor = (read_array(stored) for stored in self._entries[key])
+        stored, _ = self._entries[key]
+        total, divisor = (read_array(part) for part in self._entries[key])
+        largest = max(float(total.max(initial=0)), -float(total.min(initial=0)))  # NaN where there is one
+        if not largest <= _MAX_SUM or not 0 <= float(divisor) <= _MAX_SUM:
+            raise _refuse(stored.path, f"tensor {stored.name!r:.120}", f"{largest:g} over {float(divisor):g}", "finite sums over a number from 0")
         return self._decode(total, divisor)
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, GgmlType
 from loopgguf.gate import CheckedResult, Gate
 from loopgguf.importance import ImatrixRequest
+from loopgguf.manifest import read_manifest
 from loopgguf.planner import TypeRules, parse_overrides
 from loopgguf.source import open_source
 from loopgguf.workflow import QuantizeRequest, Settings, compare, quantize
