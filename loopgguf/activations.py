@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -351,13 +351,15 @@ def collect_grams_from_gguf(
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
     progress: Progress | None = None,
     process_output: bool = False,
+    wanted: Collection[int | None] | None = None,
 ) -> PassResult:
     """Return the perplexity, after giving `sink` the matrices H of every layer: one pass per block that fits into memory.
 
     shapes: of the model's weights by name; holdout: the numbers of the chunks of the second set. The accumulators listen
-    to the first pass. How many there are: len(`gguf_passes(shapes, max_memory_bytes)`). The progress counts all passes.
+    to the first pass. How many there are: len(`gguf_passes(shapes, max_memory_bytes)`); those without a layer that is `wanted`
+    (None: all are) are left out. The progress counts all passes.
     """
-    blocks = gguf_passes(shapes, max_memory_bytes)
+    blocks = [block for block in gguf_passes(shapes, max_memory_bytes) if wanted is None or not set(block).isdisjoint(wanted)]
     n_steps = len(blocks) * len(chunks)
     result: PassResult | None = None
     for number, block in enumerate(blocks):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -233,10 +233,10 @@ class _Keys:
         return value
 
     def number(self, key: str) -> float:
-        """Return a required finite number above 0."""
+        """Return a required number above 0, of a size with which float32 can still reckon."""
         value = self.require(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            self.refuse(key, "a finite number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-15 <= value <= 1e15:
+            self.refuse(key, "a number from 1e-15 to 1e15")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -252,6 +252,22 @@ class _Keys:
         if value is not None and not isinstance(value, dict):
             self.refuse(key, "an object or null")
         return _Keys(value or {}, f"{key}.")
+
+
+# what tells schemes of one name apart
+_SCHEME_DETAILS = ("bits", "w_bit", "weight_block_size", "bnb_4bit_quant_type", "load_in_8bit")
+# tensors beside or in place of `….weight`, by the end of their names
+_QUANTIZED_SUFFIXES = {
+    ".g_idx": "GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".qweight": "AWQ or GPTQ",
+    ".weight_scale_inv": "FP8 in blocks",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or compressed-tensors",
+    "_proj_blocks": "MXFP4",
+    ".weight.absmax": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits",
+}
 
 
 def find_family(config: Config) -> Family:
@@ -280,9 +296,21 @@ def _refuse_quantized(keys: _Keys) -> None:
         return
     section = keys.section("quantization_config")
     scheme = next((section.values[key] for key in ("quant_method", "quant_algo", "format") if section.has(key)), "an unnamed scheme")
+    details = ", ".join(f"{key} {section.values[key]!s:.40}" for key in _SCHEME_DETAILS if section.has(key))
     raise InputError(
-        f"quantization_config in config.json: got weights quantized with {scheme!s:.40}, expected F32, F16 or BF16. Give the original checkpoint instead"
+        f"quantization_config in config.json: got weights quantized with {scheme!s:.40}{f' ({details})' if details else ''}, expected F32, F16 or BF16. "
+        "Give the original checkpoint instead"
     )
+
+
+def refuse_quantized_tensors(names: Iterable[str], where: object) -> None:
+    """Raise InputError naming the scheme when tensors are there that only quantized checkpoints have, whatever config.json says."""
+    for name in names:
+        scheme = next((scheme for suffix, scheme in _QUANTIZED_SUFFIXES.items() if name.endswith(suffix)), None)
+        if scheme is not None:
+            raise InputError(
+                f"tensor {name!r:.120} in {where}: got weights quantized with {scheme}, expected F32, F16 or BF16. Give the original checkpoint instead"
+            )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
 
 FloatArray = NDArray[np.float32]
 
-_ENTRY = re.compile(r"blk\.(\d+)\.(positions|first)")
+_ENTRY = re.compile(r"blk\.(\d{1,6})\.(positions|first)")
 
 
 @dataclass(frozen=True)

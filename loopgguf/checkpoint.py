@@ -24,6 +24,7 @@ Knows nothing of models and statistics.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -137,7 +138,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write to job folder {path}: {error.strerror}; free some space or choose another folder with --job-folder") from error
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
+        raise OutputError(f"cannot write to job folder {path}: {error.strerror}; {remedy} or choose another folder with --job-folder") from error
 
 
 def _flush(stream: IO[bytes]) -> None:
@@ -262,7 +264,7 @@ class StopRequest:
                 signal.signal(stop, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.should_stop = True
-        logger.warning("stopping after this step; once more stops at once and loses the step")
+        logger.warning("stopping after this step; once more gives it up, a third time ends the process")
 
 
 class Job(StopRequest):

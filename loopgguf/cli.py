@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopgguf.errors import LoopggufError
+from loopgguf.errors import LoopggufError, UsageError, one_line
 from loopgguf.version import __version__
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _settings(
 def _print_notes(notes: tuple[str, ...]) -> None:
     console = _console(stderr=True)
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {one_line(note)}", markup=False)
 
 
 def _print_json(value: object) -> None:
@@ -362,7 +362,6 @@ def _request(
     use_imatrix: bool,
 ) -> QuantizeRequest:
     """Return the request; raise UsageError when two options say what to make, or the imatrix is given and refused."""
-    from loopgguf.errors import UsageError
     from loopgguf.formats import parse_size
     from loopgguf.workflow import QuantizeRequest
 
@@ -384,7 +383,6 @@ def _request(
 
 
 def _coverage(given: float | None, option: str, *, wanted: bool) -> float:
-    from loopgguf.errors import UsageError
     from loopgguf.protection import DEFAULT_COVERAGE
 
     if given is not None and not wanted:
@@ -393,7 +391,6 @@ def _coverage(given: float | None, option: str, *, wanted: bool) -> float:
 
 
 def _super_budget(given: str | None, *, wanted: bool) -> int:
-    from loopgguf.errors import UsageError
     from loopgguf.formats import parse_size
 
     if given is not None and not wanted:
@@ -457,7 +454,6 @@ def imatrix(
 ) -> None:
     """Compute the importance matrix of MODEL on calibration text, as a file llama-quantize reads too; or merge such files."""
     from loopgguf import report
-    from loopgguf.errors import UsageError
     from loopgguf.workflow import ImatrixRequest, Settings, compute_imatrix, merge_imatrices
 
     request = ImatrixRequest(
@@ -530,7 +526,6 @@ def super_weights(
 ) -> None:
     """Show the single weights of MODEL that it cannot do without, with its perplexity without each, and the mask."""
     from loopgguf import report
-    from loopgguf.errors import UsageError
     from loopgguf.workflow import ImatrixRequest, search_super_weights
 
     if imatrix_file is not None and no_imatrix:
@@ -938,14 +933,25 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(EXIT_TERMINATED)
 
 
+def _refuse_remote_code(arguments: list[str]) -> None:
+    """Raise UsageError for the flag by which other tools run a model's own Python."""
+    if any(word.partition("=")[0].replace("_", "-") == "--trust-remote-code" for word in arguments):
+        raise UsageError(
+            "--trust-remote-code: loopgguf never runs code that comes with a model, so there is nothing to trust. Leave the option out; "
+            "a model that cannot do without its code converts to GGUF elsewhere, and the GGUF is read here"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; a failure of the user's input is one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a sign must not end a finished job
     signal.signal(signal.SIGTERM, _stop)
-    _State.command = shlex.join(["loopgguf", *(sys.argv[1:] if arguments is None else arguments)])
+    words = sys.argv[1:] if arguments is None else arguments
+    _State.command = shlex.join(["loopgguf", *words])
     try:
+        _refuse_remote_code(words)
         app(arguments)
     except LoopggufError as error:
         if _State.debug:

@@ -21,14 +21,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from io import BufferedReader, FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from loopgguf.errors import InputError, OutputError
-from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, GgmlType, padded, tensor_bytes
+from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, REMOVED_TYPES, GgmlType, padded, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ VERSION = 3
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME counts a closing NUL
 MAX_KEY_BYTES = 65535
 MAX_DIMS = 4
-LFS_POINTER = b"version https://git-lfs"
+_LFS_POINTER = b"version https://git-lfs"
 _PIECE_BYTES = 1 << 20  # read at a time where bytes are hashed
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
@@ -139,10 +140,16 @@ class GgufFile:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def refuse_pointer(where: Path | str, start: bytes) -> None:
+    """Raise InputError when a file that begins with `start` is what git has in place of a large one."""
+    if start.startswith(_LFS_POINTER):
+        raise InputError(f"{where} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
+
+
 class _Cursor:
     """Reads a header front to back; every read is checked against the bytes that are left."""
 
-    def __init__(self, stream: BinaryIO, path: Path, size: int) -> None:
+    def __init__(self, stream: BufferedReader[FileIO], path: Path, size: int) -> None:
         self.stream, self.path, self.size = stream, path, size
         self.position = 0
 
@@ -246,7 +253,9 @@ def _read_tensor_type(cursor: _Cursor, name: str) -> GgmlType:
     try:
         ggml_type = GgmlType(number)
     except ValueError:
-        cursor.refuse(f"type of tensor {name!r}", number, "a ggml type this version knows (a removed or newer one?)")
+        removed = REMOVED_TYPES.get(number)
+        got = f"{number}, {removed}, which ggml has removed" if removed else number
+        cursor.refuse(f"type of tensor {name!r}", got, "a ggml type that this version knows")
     if ggml_type in ACTIVATION_TYPES:
         cursor.refuse(f"type of tensor {name!r}", ggml_type.name, "a type for weights, not for activations")
     return ggml_type
@@ -306,9 +315,7 @@ def _read_alignment(cursor: _Cursor, metadata: Metadata) -> int:
 
 
 def _read_preamble(cursor: _Cursor) -> None:
-    start = cursor.stream.peek(64)[:64] if hasattr(cursor.stream, "peek") else b""
-    if start.startswith(LFS_POINTER):
-        raise InputError(f"{cursor.path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
+    refuse_pointer(cursor.path, cursor.stream.peek(64))
     magic = cursor.take(4, "magic")
     if magic != MAGIC:
         cursor.refuse("magic", repr(magic), repr(MAGIC))
@@ -334,7 +341,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb", buffering=1 << 20) as stream:
+        with BufferedReader(path.open("rb", buffering=0), 1 << 20) as stream:
             cursor = _Cursor(stream, path, size)
             _read_preamble(cursor)
             n_tensors = cursor.count(ValueType.UINT64, "number of tensors", 24)

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from loopgguf import hub
 from loopgguf.chat import Conversation
-from loopgguf.container import LFS_POINTER
+from loopgguf.container import refuse_pointer
 from loopgguf.documents import parse_json
 from loopgguf.errors import InputError, UsageError
 from loopgguf.progress import Progress
@@ -221,9 +221,7 @@ def _opened(path: Path, where: str) -> Iterator[BinaryIO]:
     """Give a file's bytes, unpacked when its name ends in .gz; what cannot be read is an InputError."""
     try:
         with path.open("rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise InputError(f"{where} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
-            stream.seek(0)
+            refuse_pointer(where, stream.peek(64))
             if path.suffix.lower() != ".gz":
                 yield stream
                 return

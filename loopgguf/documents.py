@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from loopgguf.container import LFS_POINTER
+from loopgguf.container import refuse_pointer
 from loopgguf.errors import InputError
 
 JsonObject = dict[str, object]
@@ -41,14 +41,22 @@ def parse_object(raw: bytes, where: str) -> JsonObject:
     return parsed
 
 
-def load_json(path: Path) -> JsonObject:
-    """Return the JSON object in `path`. Raises InputError when it cannot be read, is no UTF-8 JSON object, or names a key twice."""
+def read_whole(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a small file. Raises InputError when it cannot be read, is no file (a device never ends), larger
+    than `max_bytes`, or a git-lfs pointer."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is too large: got {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}. Download it again")
-        raw = path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot read {path}: got a folder or a device, expected a file. Check the path")
+        with path.open("rb") as stream:
+            raw = stream.read(max_bytes + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
-    if raw.startswith(LFS_POINTER):
-        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
-    return parse_object(raw, str(path))
+    if len(raw) > max_bytes:
+        raise InputError(f"{path} is too large: got more than {max_bytes} bytes, expected at most that. Check that it is the right file")
+    refuse_pointer(path, raw)
+    return raw
+
+
+def load_json(path: Path) -> JsonObject:
+    """Return the JSON object in `path`. Raises InputError as `read_whole`, and when it is no UTF-8 JSON object or names a key twice."""
+    return parse_object(read_whole(path, MAX_JSON_BYTES), str(path))

@@ -5,10 +5,18 @@ user's input or machine; anything else keeps its traceback.
 """
 
 
+def one_line(text: str) -> str:
+    """Return `text` as one printable line: what a stranger's file or path put into it neither breaks it nor commands a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class LoopggufError(Exception):
     """A failure with a message for the user; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class QualityError(LoopggufError):

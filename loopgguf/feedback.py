@@ -11,7 +11,7 @@ are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -193,11 +193,13 @@ def run_feedback(
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
     progress: Progress | None = None,
     work: Path | None = None,
+    wanted: Collection[int | None] | None = None,
 ) -> PassResult:
     """Run the calibration chunks through a model, and `tell` the matrices of one layer after another, then (None) those of none.
 
     work: a folder for the `kept_bytes` of a pass that has any; the layers that it has finished there
-    (`hidden_states.finished_layers`) are not told again. Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
+    (`hidden_states.finished_layers`) are not told again. wanted: layers whose matrices are needed, default all; others are told
+    where it costs nothing. Raises as `activations.collect_grams_from_checkpoint` and `activations.collect_grams_from_gguf`.
     """
     _, holdout = split_holdout(chunks.n_chunks, SEED)
 
@@ -230,6 +232,7 @@ def run_feedback(
         documents=chunks.documents,
         max_memory_bytes=max_memory_bytes,
         progress=progress,
+        wanted=wanted,
     )
 
 

@@ -57,6 +57,10 @@ class GgmlType(IntEnum):
     Q2_0 = 42
 
 
+# what files of 2023 and 2024 may still hold; llama.cpp reads none of them
+REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+
+
 @dataclass(frozen=True)
 class Format:
     """How one ggml type stores a row: `block` weights in `block_bytes` bytes."""

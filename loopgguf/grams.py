@@ -29,15 +29,16 @@ from loopgguf.container import flush_folder, part_path
 from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet, GramStatistics, has_output_gram
 from loopgguf.documents import parse_object
 from loopgguf.errors import InputError, OutputError
-from loopgguf.safetensor import StoredTensor, read_array, read_safetensors, write_safetensors
+from loopgguf.safetensor import Deferred, StoredTensor, read_array, read_safetensors, write_safetensors
 
 Divided = Gram | FirstToken | Curvature
 
 FORMAT = "1"
 HOLDOUT = "holdout."
 MATRICES, VECTORS, CURVATURES = ("inputs", "weighted", "outputs"), ("first", "first_weighted"), ("curvature",)
+_MAX_SUM = 1e30  # beyond which products of two overflow
 _BLOCK = 512  # rows mirrored at a time
-_ENTRY = re.compile(rf"({re.escape(HOLDOUT)})?({'|'.join((*MATRICES, *VECTORS, *CURVATURES))})\.(.+?)(?:#(\d+))?")
+_ENTRY = re.compile(rf"({re.escape(HOLDOUT)})?({'|'.join((*MATRICES, *VECTORS, *CURVATURES))})\.(.+?)(?:#(\d{{1,6}}))?")
 
 
 # --- packing ------------------------------------------------------------------------------------------------------------
@@ -125,12 +126,16 @@ def _divisor(value: Divided) -> tuple[str, NDArray[Any]]:
     return "/tokens", np.array(value.n_tokens, np.int64)
 
 
-def _entries(grams: GramSet, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
+def _packed(gram: Gram) -> Deferred:
+    return Deferred(np.dtype(np.float32), (packed_size(len(gram.total)),), lambda: pack_triangle(gram.total))
+
+
+def _entries(grams: GramSet, prefix: str) -> Iterator[tuple[str, NDArray[Any] | Deferred]]:
     for what in (*MATRICES, *VECTORS, *CURVATURES):
         for key, value in getattr(grams, what).items():
             name, matrix = key if isinstance(key, tuple) else (key, None)
             label = f"{prefix}{what}.{name}" + ("" if matrix is None else f"#{matrix}")
-            yield label, pack_triangle(value.total) if isinstance(value, Gram) else value.total
+            yield label, _packed(value) if isinstance(value, Gram) else value.total
             suffix, divisor = _divisor(value)
             yield label + suffix, divisor
 
@@ -237,7 +242,11 @@ class _OnDisk(Mapping[Any, Any]):
         self._entries, self._decode = entries, decode
 
     def __getitem__(self, key: Any) -> Divided:
-        total, divisor = (read_array(stored) for stored in self._entries[key])
+        stored, _ = self._entries[key]
+        total, divisor = (read_array(part) for part in self._entries[key])
+        largest = max(float(total.max(initial=0)), -float(total.min(initial=0)))  # NaN where there is one
+        if not largest <= _MAX_SUM or not 0 <= float(divisor) <= _MAX_SUM:
+            raise _refuse(stored.path, f"tensor {stored.name!r:.120}", f"{largest:g} over {float(divisor):g}", "finite sums over a number from 0")
         return self._decode(total, divisor)
 
     def __iter__(self) -> Iterator[Any]:

@@ -24,7 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import llama_cpp.llama_cpp as binding
 
+from loopgguf.container import read_shards
 from loopgguf.errors import InputError
+from loopgguf.runnable import check_runnable
 
 EvalCallback = Callable[[int, bool], bool]
 
@@ -52,9 +54,10 @@ def _cause() -> str:
 
 
 class Model:
-    """A loaded GGUF; a context manager. `path` must have passed `container.read_gguf` before."""
+    """A loaded GGUF; a context manager. Raises InputError for one that `container.read_shards`, `check_runnable` or llama.cpp refuses."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+        check_runnable(read_shards(path)[0])
         binding.llama_log_set(_LOG_CALLBACK, None)
         _errors.clear()
         binding.llama_backend_init()

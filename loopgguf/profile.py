@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -186,8 +188,10 @@ def _roles(value: object, where: str) -> tuple[str, ...]:
 def check_regex(pattern: str, where: str) -> str:
     """Return `pattern` if Python's `re` accepts it, else raise UsageError saying where and why it does not."""
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # a pattern that a later Python will read otherwise
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise UsageError(f"bad regular expression in {where}: got {pattern[:80]!r}: {error}") from None
     return pattern
 
@@ -223,8 +227,8 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, which besides refuses a key given twice; PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, n in counts.items() if n > 1), None)
         if twice is not None:
             raise yaml.YAMLError(f"key {twice[:60]!r} twice in one mapping")
         return super().construct_mapping(node, deep=deep)

@@ -259,7 +259,7 @@ def load_mask(path: Path, source: Source) -> Mask:
     metadata = parse_object(raw, f"the header of {path}").get("__metadata__")
     sizes = {tensor.name: tensor.n_rows * tensor.n_in for tensor in source.tensors}
     coverage = metadata.get(COVERAGE_KEY) if isinstance(metadata, dict) and metadata.get(FORMAT_KEY) == FORMAT else None
-    if not isinstance(coverage, str) or not re.fullmatch(r"[0-9.e-]{1,30}", coverage):
+    if not isinstance(coverage, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,20})?(e-\d\d)?", coverage, re.ASCII):
         raise _refuse(path, FORMAT_KEY, metadata, f"{FORMAT!r} and a coverage")
     indices = {}
     for name, entry in stored.items():

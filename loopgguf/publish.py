@@ -15,7 +15,7 @@ from pathlib import Path
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
-from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32
+from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32, write_file
 from loopgguf.errors import InputError, OutputError, QualityError, UsageError
 from loopgguf.feedback import (
     MIN_TOKENS_PER_COLUMN,
@@ -54,6 +54,11 @@ class Reuse:
 
     tensors: Mapping[str, Tensor]
     logs: Mapping[str, TensorLog]
+
+    @property
+    def kept_logs(self) -> dict[str, TensorLog]:
+        """The logs of the tensors that are taken over."""
+        return {name: self.logs[name] for name in self.tensors}
 
 
 @dataclass(frozen=True)
@@ -205,9 +210,9 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "compensate": order.compensate,
         "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
         "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
+        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         "super weights": None if order.protection is None else order.protection.fingerprint,
         "device": settings.device,
-        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
         **{f"{name} version": importlib.metadata.version(name) for name in libraries},
     }
 
@@ -243,10 +248,6 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
     is_tied = OUTPUT not in tensors
     effort = order.compensate.effort(source.n_weights)
 
-    def finished(name: str, log: TensorLog) -> None:
-        kept = order.reuse.logs[name] if order.reuse is not None and name in order.reuse.tensors else log
-        journal.finished(name, replace(kept, sha256=log.sha256))
-
     def run(jobs: list[TensorJob]) -> None:
         execute(
             jobs,
@@ -254,7 +255,7 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
             n_threads=settings.n_threads,
             max_buffer_bytes=settings.max_buffer_bytes,
             progress=settings.progress,
-            on_tensor=finished,
+            on_tensor=journal.finished,
             should_stop=lambda: journal.should_stop,
         )
         journal.stop_if_asked()
@@ -272,6 +273,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
         layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
+        if not source.is_checkpoint:
+            layers.discard(None)  # embeddings go by gradients
         if layers:
             _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))
@@ -301,6 +304,7 @@ def _run_pass(
         max_memory_bytes=settings.max_memory_bytes,
         progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
         work=work if n_bytes else None,
+        wanted=layers,
     )
 
 
@@ -334,7 +338,7 @@ def _write(source: Source, order: Order, basis: _Basis, journal: Journal, settin
             for part, _ in parts:
                 part.sync()
         with timed("verify"):
-            logs = {row.name: journal.logs[row.name] for row in order.plan.rows}
+            logs = {row.name: journal.logs[row.name] for row in order.plan.rows} | (order.reuse.kept_logs if order.reuse is not None else {})
             sample_text, digests = _verify(source, parts, logs, settings)
             kept = None if order.protection is None else _read_back(order.protection, source, {row.name: row for row in order.plan.rows}, parts)
         refuse_changed(source)
@@ -384,26 +388,16 @@ def _verify(source: Source, parts: Parts, logs: Mapping[str, TensorLog], setting
 
 
 def move_published(path: Path, target: Path) -> None:
-    """Give a published file and its manifest another name, on the same disk; a file of that name is replaced."""
+    """Give a published file another name, on the same disk, and its manifest too; a file of that name is replaced."""
     digest = read_manifest(path)
     assert digest is not None, path
-    line = manifest_line(target, digest)
     try:
-        manifest_path(target).unlink(missing_ok=True)
+        manifest_path(target).unlink(missing_ok=True)  # there is none of another file at any time
         path.replace(target)
-        with PartFile(manifest_path(target), len(line), overwrite=True) as manifest:
-            manifest.write_at(0, line)
-            manifest.sync()
-            manifest.publish()
-        manifest_path(path).unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept under one of these names") from error
-
-
-def remove_published(path: Path) -> None:
-    """Remove a published file and its manifest, where they are."""
-    for name in (path, manifest_path(path)):
-        name.unlink(missing_ok=True)
+        raise OutputError(f"cannot rename {path} to {target}: {error.strerror}. The finished model is kept as {path}") from error
+    write_file(manifest_path(target), manifest_line(target, digest), overwrite=True)
+    manifest_path(path).unlink(missing_ok=True)
 
 
 def _publish_all(parts: Sequence[PartFile], digests: Mapping[str, str], *, overwrite: bool) -> None:

@@ -24,10 +24,11 @@ from loopgguf.formats import FLOAT_TYPES, QUANTIZED_TYPES, GgmlType, tensor_byte
 from loopgguf.gate import CheckedResult, Gate, GateResult, GateStep, Reading, below_gate_path, read_quality
 from loopgguf.importance import calibration_chunks
 from loopgguf.intent import GATE_BYTES, QuantizeRequest, Resolved, measure_table
+from loopgguf.manifest import manifest_path
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
 from loopgguf.planner import Plan, free_requests, measured_types, with_type
-from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, remove_published, total_bytes
+from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, total_bytes
 from loopgguf.source import Source, open_source
 from loopgguf.splits import refuse_shared
 
@@ -150,7 +151,9 @@ class _Recovery:
         is_first = not self.steps
         path = self.aside if is_first else self.trial
         try:
-            result = publish(self.source, order, path, self.settings if is_first else self._trial_settings, ())
+            # a trial is not gone on with: what it would be depends on what was measured before it
+            settings = self.settings if is_first else replace(self.settings, job_folder=job_folder(path), resume=False)
+            result = publish(self.source, order, path, settings, ())
             quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self.settings.progress)
             reading = read_quality(quality)
             is_better = is_first or self.gate.miss(reading) < self.gate.miss(self.reading)
@@ -161,13 +164,8 @@ class _Recovery:
                 if not is_first:
                     move_published(path, self.aside)
         finally:
-            remove_published(self.trial)
-
-    @property
-    def _trial_settings(self) -> Settings:
-        """Further files keep their unfinished work apart from the first one's."""
-        folder = self.settings.job_folder or job_folder(self.output)
-        return replace(self.settings, job_folder=folder.with_name(f"{folder.name}.trial"), keep_job=False)
+            for path in (self.trial, manifest_path(self.trial)):
+                path.unlink(missing_ok=True)
 
     def _reuse(self, plan: Plan) -> Reuse:
         """Return the tensors of the best file that the plan leaves as they are."""

@@ -1,10 +1,9 @@
 """safetensors files: a strict bounded reader of headers, of one file or of a checkpoint's, and a plain writer. Bytes only.
 
 Believes nothing: the header's length, each dtype, shape and span are checked against the file's size, spans must tile
-the data without gap or overlap, and a shard named by the index must be a plain file name in the folder itself. Such an
-entry may be a symbolic link (the Hub's cache keeps `snapshots/…/model.safetensors` as links into `blobs/`): whoever
-made the folder made the link, and only headers that pass every check are read through it. Replaces `safe_open`, whose
-mapped pages stay in memory. Format: the safetensors README.
+the data without gap or overlap, and a shard named by the index must be a plain file name in the folder itself. Where
+such an entry may lead as a symbolic link is for `source` to say. Replaces `safe_open`, whose mapped pages stay in
+memory. Format: the safetensors README.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.container import LFS_POINTER, Shape
+from loopgguf.container import Shape, refuse_pointer
 from loopgguf.documents import load_json, parse_object
 from loopgguf.errors import InputError
 
@@ -83,9 +82,8 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             raise InputError(f"{path} is missing or not a file: the checkpoint needs it. Download all of its shards into one folder")
         size = path.stat().st_size
         with path.open("rb") as stream:
+            refuse_pointer(path, stream.peek(64))
             prefix = stream.read(8)
-            if (prefix + stream.peek(64)).startswith(LFS_POINTER):
-                raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
             if len(prefix) < 8:
                 _refuse(path, "length of the header", f"a file of {size} bytes", "at least 8 bytes (truncated?)")
             length = struct.unpack("<Q", prefix)[0]
@@ -153,14 +151,23 @@ def read_array(stored: StoredTensor) -> NDArray[Any]:
     return values.reshape(stored.shape)
 
 
-def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is made when its turn to be written comes, so that not all are in memory at once."""
+
+    dtype: np.dtype[Any]
+    shape: Shape
+    make: Callable[[], NDArray[Any]]
+
+
+def write_safetensors(write: Callable[[memoryview], object], arrays: Mapping[str, NDArray[Any] | Deferred], metadata: Mapping[str, str] | None = None) -> None:
     """Hand the bytes of a safetensors file that holds `arrays` to `write`, piece by piece: the same arrays, the same bytes.
 
     Tensors are sorted by name; contiguous ones are never copied whole, and memory-mapped ones may be larger than memory.
     """
     write(memoryview(plan_header(((name, array.dtype, array.shape) for name, array in arrays.items()), metadata)))
     for _, array in sorted(arrays.items()):
-        rows = array.reshape(-1)
+        rows = (array.make() if isinstance(array, Deferred) else array).reshape(-1)
         for start in range(0, rows.size, _SLAB_VALUES):
             slab = np.ascontiguousarray(rows[start : start + _SLAB_VALUES])
             write(slab.astype(slab.dtype.newbyteorder("<"), copy=False).data.cast("B"))
@@ -189,7 +196,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"weight_map in {path}: got {type(weight_map).__name__}, expected tensor names with their shards. Download the file again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0:]+\.safetensors", name):
+        if not isinstance(name, str) or not name.isprintable() or not re.fullmatch(r"[^/\\:]{1,240}\.safetensors", name):
             raise InputError(f"shard of {tensor!r:.80} in {path}: got {name!r:.80}, expected the name of a .safetensors file in the same folder. Do not use it")
     return weight_map
 

@@ -29,6 +29,7 @@ from loopgguf.architectures import (
     find_limitations,
     hyperparameter_metadata,
     read_hyperparameters,
+    refuse_quantized_tensors,
     rope_factors,
     rope_source_rows,
     tensor_order,
@@ -38,6 +39,7 @@ from loopgguf.documents import load_json
 from loopgguf.errors import InputError, UsageError
 from loopgguf.formats import GgmlType, row_bytes
 from loopgguf.modelcard import read_model_card
+from loopgguf.runnable import check_runnable
 from loopgguf.safetensor import StoredTensor, Weights, read_weights
 from loopgguf.vocabulary import read_vocabulary
 
@@ -239,6 +241,7 @@ def _open_gguf(path: Path, pre_tokenizer: str | None) -> Source:
     metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith("split.")}
     tensors = [_gguf_tensor(file, info, shard) for shard, file in enumerate(files) for info in file.tensors]
     _refuse_no_model(path, metadata, tensors)
+    check_runnable(files[0])
     headers = [(file.path, min(file.data_offset, file.size_bytes)) for file in files]
     take_fingerprint = partial(_fingerprint, headers, (), "gguf")
     return Source(
@@ -272,6 +275,7 @@ def _gguf_tensor(file: GgufFile, info: TensorInfo, shard: int) -> Tensor:
 
 
 def _open_checkpoint(folder: Path, pre_tokenizer: str | None) -> Source:
+    _refuse_links_out(folder)
     config = _load_config(folder)
     family = find_family(config)
     hyperparameters = read_hyperparameters(family, config)
@@ -305,6 +309,17 @@ def _side_files(folder: Path) -> list[Path]:
     return named + sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
+def _refuse_links_out(folder: Path) -> None:
+    """Raise InputError for a file that is a link to one elsewhere: whoever made the folder must not choose which of the
+    user's files become part of a GGUF. The Hub's cache keeps every file as a link into `models--…/blobs`."""
+    root = os.path.realpath(folder)
+    for path in (*_side_files(folder), *folder.glob("*.safetensors")):
+        target = Path(os.path.realpath(path))
+        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not is_blob and not target.is_relative_to(root):
+            raise InputError(f"{path} is a link to {target}, outside of the checkpoint's folder: expected the file itself. Copy it into the folder")
+
+
 def _load_config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     if path.is_file():
@@ -321,6 +336,7 @@ def _load_config(folder: Path) -> dict[str, object]:
 
 def _checkpoint_tensors(family: Family, hyperparameters: Hyperparameters, config: Mapping[str, object], weights: Weights) -> Iterator[Tensor]:
     """Yield the GGUF's tensors, each checked against its table row; nothing of the checkpoint may be left over."""
+    refuse_quantized_tensors(sorted(weights.tensors), weights.files[0].parent)
     rest = {name: stored for name, stored in weights.tensors.items() if not name.endswith(SKIPPED_SUFFIXES)}
     for expected in expected_weights(family, hyperparameters, config):
         stored = rest.pop(expected.hf, None)

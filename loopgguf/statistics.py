@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
@@ -20,7 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf.accumulators import Columns, ColumnSums, FloatArray
-from loopgguf.container import LFS_POINTER, MAX_NAME_BYTES, GgufFile, TensorInfo, ValueType, array, is_gguf, read_gguf, string, uint32, write_file, write_gguf
+from loopgguf.container import (
+    MAX_NAME_BYTES,
+    GgufFile,
+    TensorInfo,
+    ValueType,
+    array,
+    is_gguf,
+    read_gguf,
+    refuse_pointer,
+    string,
+    uint32,
+    write_file,
+    write_gguf,
+)
 from loopgguf.errors import InputError
 from loopgguf.formats import GgmlType
 
@@ -31,6 +45,8 @@ ImatrixFormat = Literal["gguf", "dat"]
 SQUARES, COUNTS, SUMS, MAXIMA = ".in_sum2", ".counts", ".in_sum", ".in_max"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 MAX_WEIGHT_NAME_BYTES = MAX_NAME_BYTES - len(SQUARES)
+_MAX_SUM = float(np.finfo(np.float32).max)
+_MAX_COUNT = 2.0**48  # tokens: far beyond any text, and sums of counts stay exact
 # of a matrix's median positive importance: below this a whole block would be encoded as zeros (ggml-quants.c divides
 # by sums of importances); the median, not the mean, because one massive activation can be 10⁶ times its neighbours
 FLOOR = np.float32(1e-6)
@@ -66,10 +82,10 @@ class Statistics:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_values(what: str, name: str, path: Path, values: FloatArray, *, least: float) -> None:
-    bad = np.flatnonzero(~(np.isfinite(values) & (values >= least)))
+def _refuse_values(what: str, name: str, path: Path, values: FloatArray, *, least: float, most: float = math.inf) -> None:
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= least) & (values <= most)))
     if bad.size:
-        expected = "finite ones" if least == -math.inf else f"finite ones from {least:g}"
+        expected = "finite ones" + (f" from {least:g}" if least > -math.inf else "") + (f" to {most:g}" if most < math.inf else "")
         raise InputError(
             f"{what} of {name} in {path}: got {values[bad[0]]} at index {bad[0]} and {bad.size} bad values in all, expected {expected}. Make the imatrix again"
         )
@@ -78,7 +94,7 @@ def _refuse_values(what: str, name: str, path: Path, values: FloatArray, *, leas
 def _checked(name: str, path: Path, squares: FloatArray, counts: FloatArray, sums: FloatArray | None = None, maxima: FloatArray | None = None) -> Columns:
     """Return flat values as Columns; raises InputError naming the weight for anything llama-quantize trips over, and for moments that do not fit."""
     _refuse_values("sums of squares", name, path, squares, least=0)
-    _refuse_values("counts", name, path, counts, least=0)
+    _refuse_values("counts", name, path, counts, least=0, most=_MAX_COUNT)
     if squares.size % counts.size:
         raise InputError(f"shape of {name} in {path}: got {squares.size} sums for {counts.size} counts, expected a whole multiple. Make the imatrix again")
     whole_counts = np.floor(counts.astype(np.float64) + 0.5).astype(np.int64)  # lround
@@ -101,6 +117,8 @@ def load_imatrix(path: Path) -> Statistics:
     that is NaN, infinite or negative, a wrong shape, a weight without any token, or a truncated file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot read imatrix {path}: got a folder or a device, expected a file. Check the path")
         return _load_gguf(path) if is_gguf(path) else _load_legacy(path)
     except OSError as error:
         raise InputError(f"cannot read imatrix {path}: {error.strerror}. Check the path and its permissions") from error
@@ -156,12 +174,12 @@ def _load_gguf(path: Path) -> Statistics:
 class _Legacy:
     """Reads a .dat front to back; every length is checked against the bytes that are left."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.data, self.position = path, path.read_bytes(), 0
+    def __init__(self, path: Path, stream: BufferedReader) -> None:
+        self.path, self.stream, self.size, self.position = path, stream, path.stat().st_size, 0
 
     @property
     def left(self) -> int:
-        return len(self.data) - self.position
+        return self.size - self.position
 
     def refuse(self, field: str, got: object, expected: str) -> NoReturn:
         raise InputError(
@@ -169,10 +187,11 @@ class _Legacy:
         )
 
     def take(self, n_bytes: int, field: str) -> bytes:
-        if n_bytes > self.left:
+        data = self.stream.read(n_bytes) if n_bytes <= self.left else b""
+        if len(data) != n_bytes:
             self.refuse(field, f"a need of {n_bytes} bytes", f"at most the {self.left} bytes left in the file")
         self.position += n_bytes
-        return self.data[self.position - n_bytes : self.position]
+        return data
 
     def number(self, field: str, least: int, most: int) -> int:
         value = int(struct.unpack("<i", self.take(4, field))[0])
@@ -197,9 +216,12 @@ class _Legacy:
 
 def _load_legacy(path: Path) -> Statistics:
     """Return the legacy form: values are mean x² · calls, counts are calls (imatrix-loader.cpp)."""
-    cursor = _Legacy(path)
-    if cursor.data.startswith(LFS_POINTER):
-        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` or download the file again")
+    with path.open("rb") as stream:
+        refuse_pointer(path, stream.peek(64))
+        return _read_legacy(_Legacy(path, stream))
+
+
+def _read_legacy(cursor: _Legacy) -> Statistics:
     columns: dict[str, Columns] = {}
     for i in range(cursor.number("number of entries", 1, max(1, cursor.left // 17))):
         name, entry = cursor.entry(i)
@@ -270,7 +292,15 @@ def _in_tokens(part: Statistics, chunk_size: int) -> Mapping[str, Columns]:
     """Return the columns with counts in tokens: a legacy file counts chunks of an unknown size, taken as `chunk_size`."""
     if part.chunk_size or not chunk_size:
         return part.columns
-    return {name: Columns(c.sum_squares * np.float32(chunk_size), c.counts * chunk_size) for name, c in part.columns.items()}
+    return {name: Columns(_narrowed(name, c.sum_squares.astype(np.float64) * chunk_size), c.counts * chunk_size) for name, c in part.columns.items()}
+
+
+def _narrowed(name: str, values: NDArray[np.float64]) -> FloatArray:
+    """Return sums as float32. Raises InputError naming the weight where they are beyond it."""
+    largest = float(np.abs(values).max(initial=0))
+    if largest > _MAX_SUM:
+        raise InputError(f"sums of {name}, merged: got {largest:g}, expected at most {_MAX_SUM:g}. One of the imatrices is damaged")
+    return values.astype(np.float32)
 
 
 def _merge_columns(name: str, parts: Sequence[Columns]) -> Columns:
@@ -287,9 +317,9 @@ def _merge_columns(name: str, parts: Sequence[Columns]) -> Columns:
     squares, sums, maxima = stack(part.sum_squares for part in parts), stack(part.sums for part in parts), stack(part.max_abs for part in parts)
     assert squares is not None
     return Columns(
-        squares.sum(axis=0).astype(np.float32),
+        _narrowed(name, squares.sum(axis=0)),
         np.stack([np.broadcast_to(part.counts, n_matrices) for part in parts]).sum(axis=0),
-        None if sums is None else sums.sum(axis=0).astype(np.float32),
+        None if sums is None else _narrowed(name, sums.sum(axis=0)),
         None if maxima is None else maxima.max(axis=0).astype(np.float32),
     )
 

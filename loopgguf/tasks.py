@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf.container import read_shards
-from loopgguf.documents import parse_json
+from loopgguf.documents import parse_json, read_whole
 from loopgguf.errors import InputError, QualityError
 from loopgguf.evaluation import Measure, log_softmax, mean_measure, proportion_percent
 from loopgguf.llama import Context, Model
@@ -128,11 +128,7 @@ def load_task(path: Path) -> Task:
     Raises InputError naming the line for what is no question, for kinds that are mixed, and for a file without any.
     """
     try:
-        if path.stat().st_size > MAX_TASK_BYTES:
-            raise InputError(f"{path} is too large: got {path.stat().st_size} bytes, expected at most {MAX_TASK_BYTES}. Split it")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
+        lines = read_whole(path, MAX_TASK_BYTES).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"text of {path}: got a byte that is not UTF-8 at {error.start}, expected JSON lines in UTF-8. Convert the file") from error
     rows = [(number, *_parse_row(line, f"line {number} of {path}")) for number, line in enumerate(lines, 1) if line.strip()]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeGuard, cast
 
 from loopgguf.container import Value, ValueType, array, boolean, string, uint32
-from loopgguf.documents import JsonObject, parse_json
+from loopgguf.documents import JsonObject, parse_json, read_whole
 from loopgguf.errors import InputError
 from loopgguf.pre_tokenizers import ADDS_BOS, SPM, find_pre_tokenizer, flatten_steps
 
@@ -103,16 +103,6 @@ def _wrong(path: Path, key: str, got: object, expected: str, remedy: str = "Down
     return InputError(f"wrong {key} in {path}: got {shown}, expected {expected}. {remedy}")
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise _wrong(path, "size", f"{size} bytes", f"at most {_MAX_FILE_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Check the path and its permissions") from error
-
-
 def _decode(raw: bytes, path: Path) -> str:
     try:
         return raw.decode("utf-8")
@@ -131,7 +121,7 @@ def _parse_object(raw: bytes, path: Path) -> JsonObject:
 
 
 def _read_object(path: Path) -> JsonObject:
-    return _parse_object(_read_bytes(path), path) if path.is_file() else {}
+    return _parse_object(read_whole(path, _MAX_FILE_BYTES), path) if path.is_file() else {}
 
 
 _MERGES_KEY = re.compile(rb'"merges"\s*+:\s*+\[')
@@ -194,7 +184,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     config = _read_object(folder / "tokenizer_config.json")
     if not path.is_file():
         return TokenizerFiles(folder, {}, [], config)
-    rest, merges = _take_merges(_read_bytes(path), path)
+    rest, merges = _take_merges(read_whole(path, _MAX_FILE_BYTES), path)
     return TokenizerFiles(folder, _parse_object(rest, path), merges, config)
 
 
@@ -279,15 +269,11 @@ def _looks_special(text: str) -> bool:
 
 
 def _check_texts(tokens: _Tokens, path: Path) -> None:
-    """Refuse what makes llama.cpp abort the process: a text twice; and what GGUF cannot hold: half a surrogate pair."""
+    """Refuse what makes llama.cpp abort the process: a text twice."""
     seen: dict[str, int] = {}
     for token, text in enumerate(tokens.texts):
         if seen.setdefault(text, token) != token:
             raise _wrong(path, f"token {text!r}", f"the ids {seen[text]} and {token}", "each text once, for llama.cpp finds tokens by text")
-    try:
-        "".join(tokens.texts).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _wrong(path, "vocabulary", repr(error.object[error.start]), "text that UTF-8 can hold") from error
 
 
 def _read_model_vocab(files: TokenizerFiles, n_vocab: int) -> _Tokens:
@@ -389,13 +375,16 @@ def _parse_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], bool
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(_read_bytes(path))
+        model.ParseFromString(read_whole(path, _MAX_FILE_BYTES))
         pieces = [(piece.piece, piece.score, int(piece.type)) for piece in model.pieces]
     except DecodeError as error:
         remedy = "Where tokenizer.json is the tokenizer, move tokenizer.model out of the folder"
         raise _wrong(path, "content", "something else", "a SentencePiece model", remedy) from error
     if not pieces:
         raise _wrong(path, "pieces", "none", "a SentencePiece vocabulary")
+    broken = next((number for number, (text, _, _) in enumerate(pieces) if not isinstance(text, str)), None)
+    if broken is not None:  # protobuf hands out bytes then
+        raise _wrong(path, f"piece {broken}", repr(pieces[broken][0]), "UTF-8")
     return pieces, bool(model.normalizer_spec.add_dummy_prefix)
 
 
@@ -525,7 +514,7 @@ def _read_templates(files: TokenizerFiles) -> dict[str, str]:
     """Return the chat templates by name, the main one as "default"; the first place that has any wins, as in transformers."""
     jinja, legacy = files.folder / "chat_template.jinja", files.folder / "chat_template.json"
     if jinja.is_file():
-        templates = {"default": _decode(_read_bytes(jinja), jinja)}
+        templates = {"default": _decode(read_whole(jinja, _MAX_FILE_BYTES), jinja)}
     elif files.config.get("chat_template") is not None:
         templates = _named_templates(files.config["chat_template"], files.config_path)
     elif legacy.is_file():
@@ -533,7 +522,7 @@ def _read_templates(files: TokenizerFiles) -> dict[str, str]:
     else:
         templates = {}
     for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
-        templates.setdefault(path.stem, _decode(_read_bytes(path), path))
+        templates.setdefault(path.stem, _decode(read_whole(path, _MAX_FILE_BYTES), path))
     return templates
 
 
@@ -617,6 +606,16 @@ def _model_extras(config: Mapping[str, object], model: str) -> dict[str, Value]:
     return {"tokenizer.ggml.add_bos_token": boolean(False)} if size == 49152 else {}
 
 
+def _check_spelling(metadata: Mapping[str, Value], folder: Path) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and UTF-8 cannot, wherever it stands."""
+    for key, value in metadata.items():
+        texts = value.data if isinstance(value.data, list) else [value.data]
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _wrong(folder, key, repr(error.object[error.start]), "text that UTF-8 can hold") from error
+
+
 def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """Return the tokenizer.* keys for the model in `folder`.
 
@@ -642,4 +641,5 @@ def read_vocabulary(folder: Path, config: Mapping[str, object], n_vocab: int, pr
     metadata |= _read_special_metadata(files, config, tokens, pre if model == "gpt2" else SPM, notes)
     metadata |= _prefix_metadata(files, config, tokens)
     metadata |= _model_extras(config, model) | _template_metadata(_read_templates(files))
+    _check_spelling(metadata, folder)
     return Vocabulary(metadata, tuple(notes))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Outcome, Run
 
+from loopgguf import cli
 from loopgguf.calibration import default_text, load_chunks
 from loopgguf.container import PartFile, plan_layout, uint32
 from loopgguf.llama import Model
@@ -59,6 +62,29 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
 def smollm2_wide(request: pytest.FixtureRequest) -> Path:
     """The same function with rows of 768 and 1536, which every type fits."""
     return _real_model(request.config, widen=True)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line in an empty folder with an empty cache."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def broken_model(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy of the demo model to break."""
+    return Path(shutil.copytree(demo_model, tmp_path / "broken"))
 
 
 @pytest.fixture(scope="session")

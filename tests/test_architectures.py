@@ -300,6 +300,9 @@ def test_wrong_type_is_its_own_error(key: str, wrong: object) -> None:
         ({"hidden_size": 66}, r"num_attention_heads.*divisor of hidden_size 66"),
         ({"head_dim": 15}, r"head dimension.*got 15, expected an even number"),
         ({"is_causal": 1}, r"is_causal in config\.json: got 1, expected true or false"),
+        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3", "factor": 1e-45}}, r"rope_scaling\.factor in config\.json: got 1e-45, expected a number from 1e-15"),
+        ({"rope_theta": 1e30}, r"rope_theta in config\.json: got 1e\+30"),
+        ({"quantization_config": {"quant_method": "a\nb\x1b"}}, r"got weights quantized with a\\nb\\x1b, expected"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(changes: dict[str, object], message: str) -> None:

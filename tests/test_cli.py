@@ -8,11 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Run, refused
 from faults import Disk
 
 from loopgguf import cli
@@ -21,46 +21,7 @@ from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
 from loopgguf.statistics import Columns, Statistics, load_imatrix, save_imatrix
 
-Run = Callable[..., "Outcome"]
 DEFAULT_CALIBRATION, DEFAULT_HELDOUT = str(default_text("calibration")), str(default_text("heldout"))
-
-
-class Outcome:
-    """What a command printed and the code it exited with."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def error(self) -> str:
-        """The one line of the error; fails when there is none or a traceback."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        assert "Traceback" not in self.err
-        return lines[0]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run the command line in an empty folder with an empty cache."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*arguments: object) -> Outcome:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture
-def broken_model(demo_model: Path, tmp_path: Path) -> Path:
-    """A copy of the demo model to break."""
-    return Path(shutil.copytree(demo_model, tmp_path / "broken"))
 
 
 def _short_text(tmp_path: Path, demo_model: Path) -> Path:
@@ -271,19 +232,10 @@ def test_underscores_in_option_names(run: Run, demo_gguf: Path) -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _refused(outcome: Outcome, code: int, *words: object) -> None:
-    """One line with all of these words, the documented code, and nothing written."""
-    assert outcome.code == code, outcome.err
-    for word in words:
-        assert str(word) in outcome.error, outcome.error
-    left = [path for path in Path.cwd().rglob("*") if path.suffix in (".gguf", ".part")]
-    assert left == []
-
-
 def test_missing_config(run: Run, broken_model: Path) -> None:
     """A traceback instead of the name of the file that is missing."""
     (broken_model / "config.json").unlink()
-    _refused(run("quantize", broken_model), 3, "config.json")
+    refused(run("quantize", broken_model), 3, "config.json")
 
 
 def test_unknown_architecture(run: Run, broken_model: Path) -> None:
@@ -291,20 +243,20 @@ def test_unknown_architecture(run: Run, broken_model: Path) -> None:
     config = json.loads((broken_model / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = ["StarshipForCausalLM"]
     (broken_model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    _refused(run("convert", broken_model), 3, "StarshipForCausalLM", "LlamaForCausalLM")
+    refused(run("convert", broken_model), 3, "StarshipForCausalLM", "LlamaForCausalLM")
 
 
 def test_pickle_only_folder(run: Run, broken_model: Path) -> None:
     """Unpickling what a stranger wrote, or a message that does not say how to go on."""
     (broken_model / "model.safetensors").rename(broken_model / "pytorch_model.bin")
-    _refused(run("convert", broken_model), 3, "pytorch_model.bin", "safetensors")
+    refused(run("convert", broken_model), 3, "pytorch_model.bin", "safetensors")
 
 
 def test_truncated_shard(run: Run, broken_model: Path) -> None:
     """A download that stopped: the tail of the weights would be read as zeros or crash late."""
     path = broken_model / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1000)
-    _refused(run("convert", broken_model), 3, "model.safetensors")
+    refused(run("convert", broken_model), 3, "model.safetensors")
 
 
 def test_index_that_leaves_the_folder(run: Run, broken_model: Path) -> None:
@@ -312,7 +264,7 @@ def test_index_that_leaves_the_folder(run: Run, broken_model: Path) -> None:
     weight_map = {"model.embed_tokens.weight": "../elsewhere.safetensors"}
     (broken_model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     (broken_model / "model.safetensors").unlink()
-    _refused(run("convert", broken_model), 3, "../elsewhere.safetensors", "model.safetensors.index.json")
+    refused(run("convert", broken_model), 3, "../elsewhere.safetensors", "model.safetensors.index.json")
 
 
 def test_nan_weights(run: Run, broken_model: Path) -> None:
@@ -321,21 +273,21 @@ def test_nan_weights(run: Run, broken_model: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-2:] = b"\xc0\x7f"
     path.write_bytes(raw)
-    _refused(run("quantize", broken_model, "--quant-type", "Q4_0", "--no-imatrix"), 3, "NaN", ".weight")
+    refused(run("quantize", broken_model, "--quant-type", "Q4_0", "--no-imatrix"), 3, "NaN", ".weight")
 
 
 def test_imatrix_of_another_model(run: Run, demo_model: Path) -> None:
     """A silent quantization without importance."""
     columns = {"blk.0.attn_q.weight": Columns(np.ones((1, 64), np.float32), np.ones(1, np.float32))}
     save_imatrix(Statistics(columns, ("x.txt",), 1, 512), Path("other.imatrix.dat"))
-    _refused(run("quantize", demo_model, "--imatrix", "other.imatrix.dat"), 3, "blk.0.attn_q.weight", "another model")
+    refused(run("quantize", demo_model, "--imatrix", "other.imatrix.dat"), 3, "blk.0.attn_q.weight", "another model")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "too short"])
 def test_empty_calibration_text(run: Run, demo_model: Path, text: str) -> None:
     """An imatrix of nothing, or a division by zero."""
     Path("empty.txt").write_text(text, encoding="utf-8")
-    _refused(run("imatrix", demo_model, "-f", "empty.txt"), 3, "empty.txt")
+    refused(run("imatrix", demo_model, "-f", "empty.txt"), 3, "empty.txt")
 
 
 def test_disk_full(run: Run, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,19 +297,19 @@ def test_disk_full(run: Run, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.gguf"), 4, "x.gguf.part", "No space left", "free some space")
+    refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.gguf"), 4, "x.gguf.part", "No space left", "free some space")
 
 
 def test_unwritable_output(run: Run, demo_gguf: Path) -> None:
     """`basic_ios::clear: iostream error`."""
     Path("file").write_text("not a folder", encoding="utf-8")
-    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "file/x.gguf"), 4, "file/x.gguf")
+    refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "file/x.gguf"), 4, "file/x.gguf")
 
 
 def test_existing_output_is_kept(run: Run, demo_gguf: Path) -> None:
     """Hours of work, or somebody else's file, overwritten without asking."""
     Path("x.bin").write_text("precious", encoding="utf-8")
-    _refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.bin"), 4, "x.bin", "--overwrite")
+    refused(run("quantize", demo_gguf, "--quant-type", "Q4_0", "--no-imatrix", "-o", "x.bin"), 4, "x.bin", "--overwrite")
     assert Path("x.bin").read_text(encoding="utf-8") == "precious"
 
 
@@ -371,7 +323,7 @@ def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, lin
         target = tmp_path / "link.gguf"
         (os.link if link == "hard" else os.symlink)(source, target)
     before = source.read_bytes()
-    _refused(run("quantize", source, "--quant-type", "Q4_0", "--no-imatrix", "-o", target, "--overwrite"), 4, "is the input")
+    refused(run("quantize", source, "--quant-type", "Q4_0", "--no-imatrix", "-o", target, "--overwrite"), 4, "is the input")
     assert source.read_bytes() == before
 
 
@@ -406,7 +358,7 @@ def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, lin
 )
 def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments: list[str], words: list[str]) -> None:
     """A request that is half obeyed, in silence."""
-    _refused(run("quantize", demo_gguf, *arguments), 2, *words)
+    refused(run("quantize", demo_gguf, *arguments), 2, *words)
 
 
 def test_a_gpu_that_is_not_there(run: Run, demo_model: Path, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,18 +367,24 @@ def test_a_gpu_that_is_not_there(run: Run, demo_model: Path, demo_gguf: Path, mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command in ("imatrix", "quantize", "plan"):
-        _refused(run(command, demo_model, "--device", "cuda"), 2, "--device: got cuda, expected cpu", "finds no CUDA GPU")
-        _refused(run(command, demo_gguf, "--device", "cuda"), 2, "is a GGUF, which llama.cpp runs on the CPU")
+        refused(run(command, demo_model, "--device", "cuda"), 2, "--device: got cuda, expected cpu", "finds no CUDA GPU")
+        refused(run(command, demo_gguf, "--device", "cuda"), 2, "is a GGUF, which llama.cpp runs on the CPU")
+
+
+def test_notes_are_single_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A token's text in a note that breaks the line, or that moves the cursor of the user's terminal."""
+    cli._print_notes(("token 'a\n\x1b[2J' is left out",))
+    assert capsys.readouterr().err == "note: token 'a\\n\\x1b[2J' is left out\n"
 
 
 def test_not_a_model(run: Run, tmp_path: Path) -> None:
     """A file of another kind, a missing one, and an empty folder."""
     (tmp_path / "text.gguf").write_text("hello", encoding="utf-8")
-    _refused(run("quantize", tmp_path / "text.gguf"), 3, "text.gguf")
-    _refused(run("quantize", tmp_path / "nowhere"), 3, "nowhere")
+    refused(run("quantize", tmp_path / "text.gguf"), 3, "text.gguf")
+    refused(run("quantize", tmp_path / "nowhere"), 3, "nowhere")
     (tmp_path / "empty").mkdir()
-    _refused(run("imatrix", tmp_path / "empty"), 3, "config.json")
-    _refused(run("inspect", tmp_path / "nowhere.gguf"), 3, "nowhere.gguf")
+    refused(run("imatrix", tmp_path / "empty"), 3, "config.json")
+    refused(run("inspect", tmp_path / "nowhere.gguf"), 3, "nowhere.gguf")
 
 
 # --- imatrix files ----------------------------------------------------------------------------------------------------
@@ -442,8 +400,8 @@ def test_imatrices_are_merged_without_a_model(run: Run, tmp_path: Path) -> None:
     """A merge that needs the model, a .dat that is a GGUF, and an input that is overwritten."""
     parts = [_imatrix(tmp_path / f"{n}.imatrix.gguf", n) for n in (1, 2)]
     merging = [word for part in parts for word in ("--in-file", part)]
-    _refused(run("imatrix", *merging, "-o", parts[0], "--overwrite"), 4, "is the input")
-    _refused(run("imatrix"), 2, "MODEL", "--in-file")
+    refused(run("imatrix", *merging, "-o", parts[0], "--overwrite"), 4, "is the input")
+    refused(run("imatrix"), 2, "MODEL", "--in-file")
     done = run("imatrix", *merging)
     assert done.code == 0 and "wrote merged.imatrix.gguf: 1 tensors of 2 files, 4 chunks" in done.out
     assert load_imatrix(Path("merged.imatrix.gguf")).columns["blk.0.attn_q.weight"].sum_squares.tolist() == [[3, 4, 6]]
@@ -466,10 +424,10 @@ def test_a_stopped_imatrix_goes_on(run: Run, demo_gguf: Path, demo_model: Path, 
     arguments = ("imatrix", demo_gguf, "-f", _short_text(tmp_path, demo_model), "-c", 64)
     assert run(*arguments, "-o", tmp_path / "whole.imatrix.gguf").code == 0
     monkeypatch.setattr(Job, "should_stop", property(lambda _job: True, lambda _job, _value: None), raising=False)
-    _refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.loopgguf-job")
+    refused(run(*arguments, "-o", "a.imatrix.gguf"), 75, "after chunk 1 of", "saved in a.imatrix.loopgguf-job")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path / "work")
-    _refused(run(*arguments, "--process-output", "-o", "a.imatrix.gguf"), 2, "process-output (was False, is True)", "--no-resume")
+    refused(run(*arguments, "--process-output", "-o", "a.imatrix.gguf"), 2, "process-output (was False, is True)", "--no-resume")
     assert run(*arguments, "-o", "a.imatrix.gguf").code == 0
     assert Path("a.imatrix.gguf").read_bytes() == (tmp_path / "whole.imatrix.gguf").read_bytes()
     assert not Path("a.imatrix.loopgguf-job").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loopgguf.documents import load_json, parse_json
+from loopgguf.documents import load_json, parse_json, read_whole
 from loopgguf.errors import InputError
 
 
@@ -20,6 +20,18 @@ def test_json_files(tmp_path: Path) -> None:
             load_json(path)
     with pytest.raises(InputError, match="cannot read"):
         load_json(tmp_path / "none.json")
+
+
+def test_what_never_ends_is_not_read(tmp_path: Path) -> None:
+    """Would catch an index that is a link to /dev/zero, which takes all memory, and a limit that looks at the size alone."""
+    (tmp_path / "index.json").symlink_to("/dev/zero")
+    for path in (tmp_path / "index.json", tmp_path):
+        with pytest.raises(InputError, match="got a folder or a device, expected a file"):
+            load_json(path)
+    (tmp_path / "a.json").write_bytes(b"0123456789")
+    assert read_whole(tmp_path / "a.json", 10) == b"0123456789"
+    with pytest.raises(InputError, match="got more than 9 bytes"):
+        read_whole(tmp_path / "a.json", 9)
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from loopgguf import formats, ggml
 from loopgguf.errors import UsageError
-from loopgguf.formats import ACTIVATION_TYPES, FLOAT_TYPES, FORMATS, INTEGER_TYPES, QUANTIZED_TYPES, GgmlType, fallback_type, parse_size, parse_type
+from loopgguf.formats import (
+    ACTIVATION_TYPES,
+    FLOAT_TYPES,
+    FORMATS,
+    INTEGER_TYPES,
+    QUANTIZED_TYPES,
+    REMOVED_TYPES,
+    GgmlType,
+    fallback_type,
+    parse_size,
+    parse_type,
+)
 
 T = GgmlType
 
@@ -27,6 +38,7 @@ def test_table_knows_every_type_of_libggml() -> None:
     n_types = max(FORMATS) + 1
     assert {n for n in range(n_types) if ggml.library().ggml_get_type_traits(n).contents.type_size} == {int(t) for t in FORMATS}
     assert not ggml.library().ggml_validate_row_data(n_types, None, 0)  # GGML_TYPE_COUNT: an invalid type
+    assert set(range(n_types)) == {int(t) for t in FORMATS} | REMOVED_TYPES.keys()
 
 
 def test_table_equals_gguf_py() -> None:

@@ -213,3 +213,14 @@ def test_an_entry_of_another_type_or_size_is_named(tmp_path: Path):
     path.write_bytes(raw.replace(b'"inputs.blk.0.attn_norm/tokens"', b'"inputs.blk.0.attn_norm/tokenz"'))
     with pytest.raises(InputError, match=r"divisor of tensor 'inputs.blk.0.attn_norm'.*got nothing"):
         load_grams(imatrix)
+
+
+@pytest.mark.parametrize(("total", "n_tokens"), [(np.nan, 9), (np.inf, 9), (3e38, 9), (1.0, -1)])
+def test_sums_that_are_not_finite_are_refused(tmp_path: Path, total: float, n_tokens: int):
+    """Catches a damaged file that turns every code of a tensor into NaN, found by nobody before the model speaks."""
+    writer = GramWriter(tmp_path / "shards", HEADER)
+    writer(0, GramSet({("blk.0.attn_norm", None): Gram(np.full((3, 3), total, np.float32), n_tokens)}), GramSet())
+    writer.publish(tmp_path / "m.imatrix.gguf")
+    loaded = load_grams(tmp_path / "m.imatrix.gguf")
+    with pytest.raises(InputError, match=r"tensor 'inputs\.blk\.0\.attn_norm' in .*expected finite sums over a number from 0"):
+        loaded.train.inputs["blk.0.attn_norm", None]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -70,6 +71,7 @@ def left(name: str = "x") -> list[str]:
 
 
 FINISHED = ["x.gguf", "x.gguf.sha256"]
+LITTLE = 30 << 20  # bytes of memory: a gradient pass of the demo model goes layer by layer
 UNFINISHED = ["x.gguf.part", "x.loopgguf-job"]
 
 
@@ -145,6 +147,24 @@ def test_the_first_signal_ends_the_tensor_and_says_how_to_go_on(
     encoded.clear()
     quantize(model, Path("x.gguf"), REQUEST)
     assert Path("x.gguf").read_bytes() == whole and 0 < len(encoded) < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM to oneself")
+def test_a_stop_while_errors_are_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the errors of finished tensors lost, or a stop that waits for the whole table."""
+    request = QuantizeRequest(target_bpw=9, use_imatrix=False)
+    whole = quantize(model, Path("whole.gguf"), request, Settings(n_threads=1)).paths[0].read_bytes()
+    shutil.rmtree(Path("cache") / "loopgguf" / "errors")
+
+    def stop(phase: str, done: int, _total: int) -> None:
+        if phase == "measure errors" and done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after the errors of 3 of 9 tensors; they are kept in the cache"):
+        quantize(model, Path("x.gguf"), request, Settings(n_threads=1, progress=stop))
+    assert left() == [] and len(list((Path("cache") / "loopgguf" / "errors").iterdir())) == 3
+    quantize(model, Path("x.gguf"), request, Settings(n_threads=1))
+    assert Path("x.gguf").read_bytes() == whole
 
 
 def test_damaged_tensors_are_encoded_again(
@@ -386,17 +406,17 @@ def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path, model: Path) -> N
 # --- error feedback ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, 30 << 20])
-def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch, memory: int | None) -> None:
+@pytest.mark.parametrize("memory", [2 << 30, LITTLE])
+def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """Catches layers that are encoded or run again, and matrices of a layer that are gone when its tensor is done again.
 
     memory: with little of it the gradient pass goes block by block and is gone on with too.
     """
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
-    one = Settings(n_threads=1) if memory is None else Settings(n_threads=1, max_memory_bytes=memory)
+    one = Settings(n_threads=1, max_memory_bytes=memory)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     steps: list[int] = []
-    kills = (12,) if memory is None else (12, 9)
+    kills = (12,) if memory > LITTLE else (12, 9)
     for n in kills:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_at(patch, n, raising(Killed()))
@@ -407,14 +427,30 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
     assert Path("x.gguf").read_bytes() == whole and left() == FINISHED
     assert len(set(encoded)) == 57 - sum(n - 1 for n in kills)
     assert sum(len(log.feedback) for log in result.logs.values()) > 20
-    if memory is not None:
+    if memory == LITTLE:
         assert len(steps) < 12 * 3 * 6, "finished layers were run again"
+
+
+@pytest.mark.parametrize(("n", "n_chunks"), [(45, {12}), (57, set())])
+def test_error_feedback_from_a_gguf_goes_on(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, n: int, n_chunks: set[int]) -> None:
+    """Catches passes over the text for layers that are finished, and matrices of another block for those that are not."""
+    request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
+    one = Settings(n_threads=1, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4)
+    whole = quantize(demo_gguf, Path("whole.gguf"), request, one).paths[0].read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, n, raising(Killed()))
+        quantize(demo_gguf, Path("x.gguf"), request, one)
+    totals: set[int] = set()
+    counted = replace(one, progress=lambda phase, _done, total: totals.add(total) if phase.startswith("calibrate") else None)
+    result = quantize(demo_gguf, Path("x.gguf"), request, counted)
+    assert Path("x.gguf").read_bytes() == whole and totals == n_chunks, "passes were run again"
+    assert sum(len(log.feedback) for log in result.logs.values()) > 20
 
 
 def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor that silently gets the plain encoder's bytes, for the pass has gone beyond its layer."""
     request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
-    one = Settings(n_threads=1, max_memory_bytes=30 << 20)
+    one = Settings(n_threads=1, max_memory_bytes=LITTLE)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_at(patch, 30, raising(Killed()))

@@ -152,6 +152,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "\n".join(f"{chr(98 + i)}: &{chr(98 + i)}
         ("default: Q4_K\nrules: [{layers: 999999999999999999999999, type: Q6_K}]", "layers in rule 1"),
         ("default: Q4_K\nrules: [{match: '(', type: Q6_K}]", r"regular expression.*\("),
         ("default: Q4_K\nrules: [{match: 3, type: Q6_K}]", "match in rule 1.*3"),
+        ("default: Q4_K\nrules: [{match: '[a--b]', type: Q6_K}]", "regular expression.*set difference"),
         ("default: !!python/object/apply:os.system [true]", "cannot parse"),
         ("default: [", "cannot parse"),
         ("default: 2001-99-99", "cannot parse"),

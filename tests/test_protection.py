@@ -175,6 +175,8 @@ def test_a_damaged_list(tmp_path: Path, change: Callable[[dict[str, object]], ob
         ({"blk.7.ffn_down.weight": np.array([2])}, {}, "blk.7"),
         ({DOWN: np.array([2])}, {"loopgguf.super-weights": "0"}, "coverage"),
         ({DOWN: np.array([2])}, {"loopgguf.super-weight-coverage": "many"}, "coverage"),
+        ({DOWN: np.array([2])}, {"loopgguf.super-weight-coverage": "1.2.3"}, "coverage"),
+        ({DOWN: np.array([2])}, {"loopgguf.super-weight-coverage": "e-"}, "coverage"),
     ],
 )
 def test_a_damaged_mask(tmp_path: Path, indices: dict[str, np.ndarray], metadata: dict[str, str], culprit: str) -> None:

@@ -229,6 +229,37 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, name: str, stored: S
         open_source(write_checkpoint(tmp_path, weights=changed(name, stored)))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "scheme"),
+    [
+        ("self_attn.q_proj.qweight", "AWQ or GPTQ"),
+        ("self_attn.q_proj.g_idx", "GPTQ"),
+        ("self_attn.q_proj.weight_scale_inv", "FP8 in blocks"),
+        ("mlp.experts.down_proj_blocks", "MXFP4"),
+        ("self_attn.q_proj.weight.absmax", "bitsandbytes"),
+        ("self_attn.q_proj.SCB", "bitsandbytes"),
+        ("self_attn.q_proj.weight_packed", "compressed-tensors"),
+    ],
+)
+def test_quantized_weights_are_named_whatever_the_config_says(tmp_path: Path, suffix: str, scheme: str) -> None:
+    """`unknown tensor`, or a dtype, where the model is merely the wrong download: quantize_config.json of AutoGPTQ is no part of config.json."""
+    weights = {**random_weights(LLAMA_CONFIG), LAYER + suffix: ("U8", np.ones(4, "u1"))}
+    with pytest.raises(InputError, match=f"tensor '.*{suffix}' in .*: got weights quantized with {scheme}.*Give the original checkpoint"):
+        open_source(write_checkpoint(tmp_path, weights=weights))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "README.md", "extra.safetensors", "additional_chat_templates/x.jinja"])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    """A cloned model whose chat template is a link to a private key, which then is part of every GGUF that is uploaded."""
+    folder = write_checkpoint(tmp_path / "model")
+    (tmp_path / "secret").write_text("-----BEGIN", encoding="utf-8")
+    link = folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=rf"{name} is a link to .*secret, outside of the checkpoint's folder"):
+        open_source(folder)
+
+
 def test_not_a_model(tmp_path: Path) -> None:
     """Each wrong path says what was expected there and what to give instead."""
     with pytest.raises(InputError, match=r"no model at .*nowhere"):

@@ -410,6 +410,13 @@ def test_merge_of_other_models_is_refused(statistics: Statistics):
         merge([statistics, Statistics({Q: columns([[1, 1]], [2])}, (), 1, 512)])
 
 
+@pytest.mark.parametrize("others", [Statistics({Q: columns([[3e38]], [512])}, (), 1, 512), Statistics({Q: columns([[3e38]], [3])}, (), 3, 0)])
+def test_sums_beyond_float32_are_refused(others: Statistics):
+    """Catches an infinite importance, which encodes a whole block as NaN."""
+    with pytest.raises(InputError, match=f"sums of {Q}, merged: got "):
+        merge([Statistics({Q: columns([[3e38]], [512])}, (), 1, 512), others])
+
+
 # --- coverage -----------------------------------------------------------------------------------------------------------
 
 

@@ -228,7 +228,11 @@ HOSTILE_EDITS: dict[str, tuple[EDIT, str]] = {
     "merge half empty": (lambda t: t["model"]["merges"].__setitem__(0, ["a", ""]), r"wrong model\.merges\[0\]"),
     "no merges": (lambda t: t["model"].update(merges=[]), r"wrong model\.merges.*none"),
     "merges is text": (lambda t: t["model"].update(merges="a b"), r"wrong model\.merges"),
-    "half a surrogate": (lambda t: t["model"]["vocab"].update({"\ud800": N_BPE - 1}), r"wrong vocabulary.*UTF-8"),
+    "half a surrogate": (
+        lambda t: t["model"]["vocab"].update({"\ud800": N_BPE - 1}),
+        r"wrong tokenizer\.ggml\.tokens in .*'\\ud800', expected text that UTF-8 can hold",
+    ),
+    "half a surrogate in a merge": (lambda t: t["model"]["merges"].__setitem__(0, ["\ud800", "a"]), r"wrong tokenizer\.ggml\.merges in .*'\\ud800'"),
 }
 
 
@@ -252,6 +256,7 @@ def test_hostile_tokenizer_json(case: str, folder: Path) -> None:
         ("tokenizer.json", b'{"model": {"merges": ["a b"', r"wrong model\.merges\[0\]"),
         ("tokenizer.json", b'{"merges": ["a b"], "model": {"merges": []}}', r"wrong model\.merges.*the key 2 times"),
         ("tokenizer.model", b"\xff\xff\xff not a model", r"wrong content in .*tokenizer\.model.*SentencePiece"),
+        ("tokenizer.model", b"\x0a\x03\x0a\x01\xff", r"wrong piece 0 in .*tokenizer\.model: got b'\\xff', expected UTF-8"),
         ("tokenizer.model", b"", r"wrong pieces in .*tokenizer\.model"),
         ("tokenizer.json", b'{"model": {"vocab": {"a": 0, "a": 1}}}', r"tokenizer\.json is not JSON: 'a' twice"),
         ("tokenizer_config.json", b"null", r"wrong content in .*tokenizer_config\.json"),
@@ -259,6 +264,7 @@ def test_hostile_tokenizer_json(case: str, folder: Path) -> None:
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', r"wrong added_tokens_decoder\['x'\]"),
         ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', r"wrong chat_template in .*tokenizer_config\.json"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', r"wrong chat_template\[0\]"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', r"wrong tokenizer\.chat_template in .*UTF-8"),
         ("chat_template.json", b'{"chat_template": 7}', r"wrong chat_template in .*chat_template\.json: got 7"),
         ("chat_template.jinja", b"\xff\xfe", r"wrong text in .*chat_template\.jinja"),
     ],

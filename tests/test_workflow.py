@@ -16,6 +16,7 @@ from loopgguf.errors import OutputError, QualityError
 from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
 from loopgguf.grams import find_grams, load_grams
+from loopgguf.manifest import manifest_path
 from loopgguf.planner import TypeRules
 from loopgguf.report import inspect_file, inspection_json, sink_tables
 from loopgguf.source import open_source
@@ -293,6 +294,7 @@ def test_a_finished_file_is_checked_again(demo_model: Path, demo_gguf: Path) -> 
         stream.write(b"\x00\x7c")  # the first block scale: infinity
     with pytest.raises(QualityError, match=r"tensor blk\.1\.ffn_up\.weight: got a NaN, an infinity"):
         check_again(path)
+    manifest_path(path).unlink()  # which knows of the damage by itself
     with path.open("r+b") as stream:
         stream.seek(info.offset)
         stream.write(b"\x00\x7b")  # finite and much too large

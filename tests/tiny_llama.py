@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ def tiny_tokens() -> list[str]:
     return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcde"]
 
 
-def write_tiny_llama(path: Path, *, noise: float = 0.0, tokens: list[str] | None = None, broken: bool = False) -> Path:
-    """Write a one-layer F32 Llama with random weights; `noise` perturbs them, `broken` puts a NaN into the last norm."""
+def write_tiny_llama(
+    path: Path, *, noise: float = 0.0, tokens: list[str] | None = None, broken: bool = False, changes: Mapping[str, Value | None] | None = None
+) -> Path:
+    """Write a one-layer F32 Llama with random weights; `noise` perturbs them, `broken` puts a NaN into the last norm;
+    `changes` replaces metadata, or (None) leaves it out."""
     tokens = tokens or tiny_tokens()
     generator, disturb = np.random.default_rng(0), np.random.default_rng(1)
     shapes = {
@@ -45,5 +49,6 @@ def write_tiny_llama(path: Path, *, noise: float = 0.0, tokens: list[str] | None
         "tokenizer.ggml.bos_token_id": uint32(1),
         "tokenizer.ggml.eos_token_id": uint32(2),
     }
+    metadata = {key: value for key, value in {**metadata, **(changes or {})}.items() if value is not None}
     write_gguf(path, metadata, [(name, GgmlType.F32, w) for name, w in weights.items()])
     return path

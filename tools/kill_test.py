@@ -32,7 +32,6 @@ from synthetic_model import make_checkpoint
 from transformers import LlamaForCausalLM
 
 from loopgguf import cli, errortable, importance, intent, journal, pipeline, planner, publish, verify
-from loopgguf.collection import Pass
 from loopgguf.errortable import Sampling
 from loopgguf.formats import GgmlType
 from loopgguf.grams import GramWriter
@@ -44,8 +43,7 @@ RANDOM = "at random"
 MODEL_BYTES, VOCAB = 4_500_000, 2000
 QUICK_TYPES = (GgmlType.Q4_0, GgmlType.Q5_0, GgmlType.Q8_0)  # to choose from; others take seconds to build their tables
 IMPORTED = LlamaForCausalLM  # here and now, so that no run takes the seconds
-MEMORY_BYTES = 24 << 20  # so little that passes go layer by layer
-TEXT = ("-c", "64", "--samples", "4", "-t", "1")
+TEXT = ("-c", "64", "--samples", "4", "-t", "1", "--max-memory", "24MiB")  # so little that passes go layer by layer
 COMMANDS = {
     "imatrix": ("imatrix", "model", "--gram", "--gradient", *TEXT, "-o", "x.imatrix.gguf"),
     "quantize": ("quantize", "model", "--target-bpw", "6.5", "--compensate", "fast", *TEXT, "-o", "x.gguf"),
@@ -97,10 +95,7 @@ class Points:
         setattr(owner, name, call)
 
     def install(self) -> None:
-        """Put points everywhere; save after every tensor, and let memory be short."""
-        importance.Pass = partial(Pass, max_memory_bytes=MEMORY_BYTES)  # type: ignore[misc, assignment]
-        publish.kept_bytes = partial(publish.kept_bytes, max_memory_bytes=MEMORY_BYTES)  # type: ignore[assignment]
-        publish.run_feedback = partial(publish.run_feedback, max_memory_bytes=MEMORY_BYTES)  # type: ignore[assignment]
+        """Put points everywhere, save after every tensor, and measure errors on few rows."""
         publish.Journal = partial(Journal, min_seconds=0)  # type: ignore[misc, assignment]
         journal.MAX_SHARE = float("inf")
         intent.Sampling = partial(Sampling, share=0.001, min_rows=16)  # type: ignore[misc, assignment]
