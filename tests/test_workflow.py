@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from upstream import differing
 
-from loopgguf import importance
-from loopgguf.collection import Pass
 from loopgguf.container import Value, ValueType, plan_layout, read_gguf, read_shards, shard_path
 from loopgguf.errors import OutputError, QualityError
 from loopgguf.feedback import Compensate
 from loopgguf.ggml import GgmlType
 from loopgguf.grams import find_grams, load_grams
+from loopgguf.manifest import manifest_path
 from loopgguf.planner import TypeRules
 from loopgguf.report import inspect_file, inspection_json, sink_tables
 from loopgguf.source import open_source
@@ -200,18 +198,15 @@ def test_attention_lies_beside_the_imatrix(demo_model: Path, demo_gguf: Path, op
         (True, 40 << 20, "one pass over the text forward, then one forward and back in 6 blocks of layers"),
     ],
 )
-def test_gram_matrices_take_the_disk_that_was_announced(
-    demo_model: Path, monkeypatch: pytest.MonkeyPatch, gradient: bool, max_memory: int, passes: str
-) -> None:
+def test_gram_matrices_take_the_disk_that_was_announced(demo_model: Path, gradient: bool, max_memory: int, passes: str) -> None:
     """Hidden states that nobody was told of, or a figure far from what is used."""
-    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=max_memory))
     said: list[str] = []
     used = [0]
 
     def measure(_phase: str, _done: int, _total: int) -> None:
         used.append(sum(path.stat().st_size for path in Path("a.imatrix.loopgguf-job").glob("imatrix/work/*-of-*")))
 
-    settings = Settings(progress=measure, announce=said.append)
+    settings = Settings(progress=measure, announce=said.append, max_memory_bytes=max_memory)
     made = compute_imatrix(demo_model, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=16, ctx_size=128, gram=True, gradient=gradient), settings)
     matrices = sum(path.stat().st_size for path in find_grams(made.path))
     figures = [int(figure.replace(",", "")) for figure in re.findall(r"([\d,]{4,}) bytes", said[0])]
@@ -221,11 +216,11 @@ def test_gram_matrices_take_the_disk_that_was_announced(
     assert 0.8 * states <= max(used) <= states
 
 
-def test_the_passes_that_memory_needs_are_announced(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_passes_that_memory_needs_are_announced(demo_gguf: Path) -> None:
     """A job of hours that was thought to take minutes."""
-    monkeypatch.setattr(importance, "Pass", partial(Pass, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4))
     said: list[str] = []
-    compute_imatrix(demo_gguf, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=2, ctx_size=64, gram=True), Settings(announce=said.append))
+    settings = Settings(announce=said.append, max_memory_bytes=2 * 4 * (3 * 256**2 + 768**2) * 4)
+    compute_imatrix(demo_gguf, Path("a.imatrix.gguf"), ImatrixRequest(n_samples=2, ctx_size=64, gram=True), settings)
     assert said[0].endswith("; 2 passes over the text, as memory does not hold the matrices of all layers")
 
 
@@ -302,5 +297,6 @@ def test_a_finished_file_is_checked_again(demo_model: Path, demo_gguf: Path) -> 
     with path.open("r+b") as stream:
         stream.seek(info.offset)
         stream.write(b"\x00\x7b")  # finite and much too large
+    manifest_path(path).unlink()  # which would tell as well, but not where
     with pytest.raises(QualityError, match=r"tensor blk\.1\.ffn_up\.weight: error is .* worse than zeros"):
         check_again(path, demo_model)
