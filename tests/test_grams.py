@@ -232,5 +232,5 @@ def test_a_split_that_no_text_can_hold_is_refused(tmp_path: Path):
     raw = path.read_bytes()
     at = raw.index(b'"loopgguf.split":"') + len(b'"loopgguf.split":"')
     path.write_bytes(raw[:at] + b"\\ud800" + raw[at + 6 :])
-    with pytest.raises(InputError, match="loopgguf.split of "):
+    with pytest.raises(InputError, match=r"loopgguf\.split of "):
         load_grams(tmp_path / "m.imatrix.gguf")
