@@ -289,7 +289,7 @@ def _read_split(raw: bytes, path: Path) -> GramHeader:
     metadata = parse_object(raw, f"the header of {path}").get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("loopgguf.gram") != FORMAT:
         raise _refuse(path, "loopgguf.gram", metadata, f"{FORMAT!r}")
-    split = parse_object(str(metadata.get("loopgguf.split", "")).encode(), f"loopgguf.split of {path}")
+    split = parse_object(str(metadata.get("loopgguf.split", "")).encode("utf-8", "surrogatepass"), f"loopgguf.split of {path}")
     holdout, seed, label_seed = split.get("holdout_chunks"), split.get("seed"), split.get("label_seed")
     if not isinstance(holdout, list) or not all(isinstance(n, int) for n in holdout) or not isinstance(seed, int) or not isinstance(label_seed, int | None):
         raise _refuse(path, "loopgguf.split", split, "holdout_chunks, seed and label_seed")

@@ -224,3 +224,13 @@ def test_sums_that_are_not_finite_are_refused(tmp_path: Path, total: float, n_to
     loaded = load_grams(tmp_path / "m.imatrix.gguf")
     with pytest.raises(InputError, match=r"tensor 'inputs\.blk\.0\.attn_norm' in .*expected finite sums over a number from 0"):
         loaded.train.inputs["blk.0.attn_norm", None]
+
+
+def test_a_split_that_no_text_can_hold_is_refused(tmp_path: Path):
+    """Catches half a surrogate pair, which JSON can spell, ending in a traceback."""
+    path = find_grams(write(tmp_path))[0]
+    raw = path.read_bytes()
+    at = raw.index(b'"loopgguf.split":"') + len(b'"loopgguf.split":"')
+    path.write_bytes(raw[:at] + b"\\ud800" + raw[at + 6 :])
+    with pytest.raises(InputError, match=r"loopgguf\.split of "):
+        load_grams(tmp_path / "m.imatrix.gguf")
