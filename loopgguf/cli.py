@@ -159,7 +159,11 @@ MaxSizeOption = Annotated[
 ]
 SelectionOption = Annotated[
     list[Path] | None,
-    typer.Option("--selection-file", metavar="TEXT", help="Text the gate measures on, in neither the calibration nor the report. Default: one that ships."),
+    typer.Option("--selection-file", metavar="TEXT", help="Text that gate and search measure on, in neither calibration nor report. Default: one that ships."),
+]
+SearchOption = Annotated[
+    float | None,
+    typer.Option("--search-minutes", metavar="N", help="With a size: look so long for a plan of lower measured KLD, on the selection text."),
 ]
 LevelsOption = Annotated[
     str | None,
@@ -398,13 +402,13 @@ def _super_budget(given: str | None, *, wanted: bool) -> int:
     return 0 if given is None or given.strip() == "0" else parse_size(given)
 
 
-def _gate(max_kld: float | None, max_ppl_increase: str | None, max_size: str | None, files: list[Path] | None) -> Gate | None:
+def _gate(max_kld: float | None, max_ppl_increase: str | None, max_size: str | None, files: list[Path] | None, *, is_searched: bool) -> Gate | None:
     from loopgguf.formats import parse_size
     from loopgguf.gate import Gate, parse_percent
 
     percent = parse_percent(max_ppl_increase, "--max-ppl-increase") if max_ppl_increase is not None else None
     gate = Gate(max_kld, percent, parse_size(max_size) if max_size is not None else None, tuple(files or ()))
-    return None if gate == Gate() else gate
+    return None if gate == Gate(files=gate.files if is_searched else ()) else gate
 
 
 def _print_found(found: Found) -> None:
@@ -595,6 +599,7 @@ def quantize(
     max_kld: MaxKldOption = None,
     max_ppl_increase: MaxPplOption = None,
     max_size: MaxSizeOption = None,
+    search_minutes: SearchOption = None,
     selection_file: SelectionOption = None,
     keep_split: Annotated[bool, typer.Option("--keep-split", help="Write one file per shard of a split source.")] = False,
     max_buffer_size: BufferOption = "256",
@@ -614,6 +619,7 @@ def quantize(
     """Turn MODEL into a quantized GGUF by a size, a profile, a preset or a plan; verified before it gets its name."""
     from loopgguf import report
     from loopgguf.feedback import Compensate
+    from loopgguf.intent import Search
     from loopgguf.workflow import ImatrixRequest
     from loopgguf.workflow import quantize as run
 
@@ -626,7 +632,8 @@ def quantize(
         protect_super_weights=protect_super_weights,
         super_weight_coverage=_coverage(super_weight_coverage, "--protect-super-weights", wanted=protect_super_weights),
         super_weight_budget_bytes=_super_budget(super_weight_budget, wanted=protect_super_weights),
-        gate=_gate(max_kld, max_ppl_increase, max_size, selection_file),
+        search=Search(search_minutes, tuple(selection_file or ())) if search_minutes is not None else None,
+        gate=_gate(max_kld, max_ppl_increase, max_size, selection_file, is_searched=search_minutes is not None),
         keep_split=keep_split,
         dry_run=dry_run,
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
@@ -29,7 +30,15 @@ from loopgguf.source import Source
 from loopgguf.super_weights import Mask
 
 DEFAULT_PROFILE = "balanced"
-GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a gate and its recovery add
+GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a search, or a gate and its recovery, add
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long to look for a better plan of the same size, and on which selection text (default: the one that ships)."""
+
+    minutes: float
+    files: tuple[str | Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class QuantizeRequest:
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
+    search: Search | None = None
     gate: Gate | None = None  # what the finished file must reach
     protect_super_weights: bool = False
     super_weight_coverage: float = DEFAULT_COVERAGE
@@ -66,6 +76,7 @@ class Resolved:
     notes: tuple[str, ...] = ()
     sized: SizedPlan | None = None
     protection: Protection | None = None
+    selection: Chunks | None = None  # the text that the plan was chosen on, where it was
 
     def order(self, request: QuantizeRequest) -> Order:
         """Return what is to be written."""
@@ -78,6 +89,7 @@ class Resolved:
             calibration=request.calibration,
             protection=self.protection,
             keep_split=request.keep_split,
+            selection=self.selection,
             inputs=tuple(Path(path) for path in inputs),
         )
 
@@ -181,7 +193,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
     else:
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
-    if request.gate is not None:
+    if request.gate is not None or request.search is not None:
         budget_bytes -= GATE_BYTES
     sized = plan_size(problem, table, budget_bytes, measure_file)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))

@@ -54,12 +54,12 @@ def refuse_gate(request: QuantizeRequest, gate: Gate) -> None:
             raise UsageError(f"{option} and a quality gate contradict each other: recovery changes single tensors of one file. Give one of them")
 
 
-def selection_chunks(source: Source, request: QuantizeRequest, gate: Gate, settings: Settings) -> Chunks:
-    """Return the text a gate is measured on; raise UsageError when it shares content with the calibration or the held-out text."""
-    chunks = cut_text(source, gate.files, "selection", SELECTION_CTX, None, settings)
+def selection_chunks(source: Source, request: QuantizeRequest, files: tuple[str | Path, ...], settings: Settings, ctx_size: int = SELECTION_CTX) -> Chunks:
+    """Return the text that files are chosen on; raise UsageError when it shares content with the calibration or the held-out text."""
+    chunks = cut_text(source, files, "selection", ctx_size, None, settings)
     what = f"selection text {', '.join(chunks.names)}"
     refuse_shared(chunks.tokens, what, calibration_chunks(source, request.calibration, settings).tokens, "the calibration text")
-    refuse_shared(chunks.tokens, what, cut_text(source, (), "heldout", SELECTION_CTX, None, settings).tokens, "the held-out text that reports are made on")
+    refuse_shared(chunks.tokens, what, cut_text(source, (), "heldout", ctx_size, None, settings).tokens, "the held-out text that reports are made on")
     return chunks
 
 

@@ -29,6 +29,7 @@ from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, tot
 from loopgguf.recovery import pass_gate, refuse_gate, selection_chunks
 from loopgguf.reference import known_reference, reference_gguf
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
+from loopgguf.search import refuse_search, search_chunks, search_plan
 from loopgguf.source import Source, open_source
 from loopgguf.splits import tokens_sha256
 from loopgguf.super_weights import Found, Mask
@@ -70,8 +71,11 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     gate = request.gate
     if gate is not None:
         refuse_gate(request, gate)
+    if request.search is not None:
+        refuse_search(request)
     source, notes = open_model(model, settings)
-    selection = selection_chunks(source, request, gate, settings) if gate is not None and not request.dry_run else None
+    selection = selection_chunks(source, request, gate.files, settings) if gate is not None and not request.dry_run else None
+    search_text = search_chunks(source, request, settings) if request.search is not None and not request.dry_run else None
     output = output or _foreseen_output(model, request)
     folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
     settings = replace(settings, job_folder=folder)
@@ -80,6 +84,10 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if output is not None and not request.keep_split and not request.dry_run:
         check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
+    if search_text is not None:
+        reference, said = reference_gguf(model, replace(settings, job_folder=None))
+        notes += said
+        resolved = search_plan(source, resolved, request, reference, search_text, settings, (output or Path()).absolute().parent)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
     bpw = bits_per_weight(resolved.plan)

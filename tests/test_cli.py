@@ -217,6 +217,12 @@ def test_super_weights_are_listed_and_protected(run: Run, demo_gguf: Path) -> No
     assert "taken from a.imatrix.super-weights.json" in listed.err
     table = run("super-weights", demo_gguf, "--imatrix", "a.imatrix.gguf")
     assert "no super weights" in table.out and "blk.5.ffn_down.weight" in table.out
+    stored = run("super-weights", demo_gguf, "--imatrix", "a.imatrix.gguf", "-o", "b.super-weights.json")
+    assert stored.code == 0 and "b.super-weights.json" in stored.out
+    for name in ("super-weights.json", "super-weights.safetensors"):
+        assert Path(f"b.{name}").read_bytes() == Path(f"a.imatrix.{name}").read_bytes()
+    again = run("super-weights", demo_gguf, "--imatrix", "a.imatrix.gguf", "-o", "b.super-weights.json")
+    assert again.code == 4 and "b.super-weights.json already exists" in again.error
     arguments = ("quantize", demo_gguf, "--quant-type", "Q2_K", "--imatrix", "a.imatrix.gguf", "--protect-super-weights", "-o", "a.gguf")
     written = run(*arguments, "--json")
     assert json.loads(written.out)["super_weights"]["mask"]["n"] == 472

@@ -14,7 +14,7 @@ mean KLD to B's, with the paired standard error over chunks: below 1, A is close
 plans a file no larger than B's and compares the two; with `--compensate MODE` each preset's types are encoded with error
 feedback too, as B+MODE, and compared with B: the same bytes on both sides. `--blocks` gives all linears of the blocks the
 type and leaves embedding and head at BF16; `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
-of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `splits.py`. Each text is measured by itself. Nothing is
+of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `texts.py`. Each text is measured by itself. Nothing is
 tuned here and no file is chosen by these figures.
 """
 
@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import models
-import splits
+import texts
 from rich.console import Console
 
 from loopgguf import report
@@ -279,7 +279,7 @@ def run(options: argparse.Namespace) -> None:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         if options.texts:
-            cut = splits.cut_splits(options.texts, folder / "texts")
+            cut = texts.cut_splits(options.texts, folder / "texts")
             options.calibration, options.text = options.calibration or list(cut.calibration), options.text or list(cut.verdict)
         for name, model in models.resolve_models(options).items():
             for section in run_model(name, model, pairs, folder, options):
@@ -304,7 +304,7 @@ def main() -> int:
     )
     parser.add_argument("--blocks", action="store_true", help="the types for the linears of the blocks only, embedding and head at BF16")
     parser.add_argument("--weights-only", action="store_true", help="measure the files' weights, decoded to F32")
-    parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see splits.py")
+    parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see texts.py")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
     parser.add_argument("--compare", default="", metavar="A=B,…", help="print the ratio of A's mean KLD to B's; they should be of the same size")
     parser.add_argument("--reference", type=Path, metavar="GGUF", help="measure against this full-precision file (default: the model, converted as it is)")

@@ -1,0 +1,220 @@
+"""A plan by size, made better by measuring: where estimates rank kinds of tensors wrongly, swaps of the same bytes set it right.
+
+A swap plans the size anew with the estimated errors of one kind of tensor taken for twice or for half what they are: its
+tensors get larger types and others pay for them, or the other way round. Both files are run on selection text, a few
+chunks first, which drops most swaps early, then chunks that this swap has not seen; it stays where the mean KLD falls by
+more than `CERTAIN` paired standard errors, for one standard error would let a sixth of all idle swaps pass. In the end
+the plan must beat the one it began with on chunks that no swap has seen, or the latter is kept. Trials are written with
+plain encoders, and only what changed is encoded again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loopgguf.architectures import tensor_role
+from loopgguf.calibration import Chunks
+from loopgguf.errors import UsageError
+from loopgguf.errortable import ErrorRow, ErrorTable
+from loopgguf.evaluation import Measure, compare_paired, measure_qualities
+from loopgguf.feedback import Compensate
+from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table
+from loopgguf.opening import Settings
+from loopgguf.pipeline import WriteResult
+from loopgguf.planner import Plan, SizedPlan, SizeProblem, plan_size, size_problem
+from loopgguf.profile import load_profile
+from loopgguf.publish import Reuse, publish, total_bytes
+from loopgguf.recovery import selection_chunks
+from loopgguf.source import Source, open_source
+
+SEARCH_CTX = 256
+MIN_CHUNKS = 12
+FACTORS = (2.0, 0.5)
+CERTAIN = 2.5  # paired standard errors
+
+Tokens = NDArray[np.int32]
+Tilt = Mapping[str, float]
+
+
+def refuse_search(request: QuantizeRequest) -> None:
+    """Raise UsageError where a search contradicts the rest of a request."""
+    assert request.search is not None
+    if not is_sized(request):
+        raise UsageError("--search-minutes looks for a better plan of the same size: give --size or --target-bpw too, or leave it out")
+    if request.keep_split:
+        raise UsageError("--keep-split and --search-minutes contradict each other: a search runs single files. Give one of them")
+    if not 0 < request.search.minutes < float("inf"):
+        raise UsageError(f"--search-minutes: got {request.search.minutes:g}, expected a number above 0")
+
+
+def search_chunks(source: Source, request: QuantizeRequest, settings: Settings) -> Chunks:
+    """Return the text that swaps are measured on; raises UsageError where it is too short, or as `recovery.selection_chunks`."""
+    assert request.search is not None
+    chunks = selection_chunks(source, request, request.search.files, settings, SEARCH_CTX)
+    if len(chunks.tokens) < MIN_CHUNKS:
+        raise UsageError(
+            f"--search-minutes: got {len(chunks.tokens)} chunks of {SEARCH_CTX} tokens of selection text, expected at least {MIN_CHUNKS}. "
+            "Give more with --selection-file"
+        )
+    return chunks
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One swap that was tried: what was changed, by how much the mean KLD rose on the last chunks it saw, and whether it stays."""
+
+    kind: str
+    factor: float
+    difference_nats: Measure
+    is_kept: bool
+
+    def __str__(self) -> str:
+        error = "" if self.difference_nats.standard_error is None else f" ± {self.difference_nats.standard_error:.2g}"
+        direction = "up" if self.factor > 1 else "down"
+        return f"{self.kind} {direction}: mean KLD {self.difference_nats.value:+.3g}{error}, {'kept' if self.is_kept else 'dropped'}"
+
+
+@dataclass(frozen=True)
+class _File:
+    """A plan that was written, and its file."""
+
+    plan: Plan
+    path: Path
+    result: WriteResult
+
+
+def search_plan(source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, folder: Path) -> Resolved:
+    """Return the request's plan made better by swaps, with a note on each that was kept and on the end.
+
+    reference: the full-precision GGUF. chunks: `search_chunks`. folder: where trial files lie while they are measured, at
+    most three at a time. Raises as `publish.publish`.
+    """
+    assert resolved.sized is not None and request.search is not None
+    with tempfile.TemporaryDirectory(prefix=".loopgguf-search-", dir=folder) as scratch:
+        search = _Search(source, resolved, resolved.sized, request, reference, chunks.tokens, settings, Path(scratch))
+        plan = search.run(time.monotonic() + 60 * request.search.minutes)
+    notes = (*resolved.notes, *(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict)
+    return replace(resolved, plan=plan, notes=notes, selection=chunks)
+
+
+@dataclass(eq=False)
+class _Search:
+    """The best file so far, the tilt of the errors that it was planned with, and all swaps that were tried."""
+
+    source: Source
+    resolved: Resolved
+    sized: SizedPlan
+    request: QuantizeRequest
+    reference: Path
+    tokens: Tokens
+    settings: Settings
+    folder: Path
+    swaps: list[Swap] = field(default_factory=list)
+    verdict: str = ""
+    tilt: Tilt = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        importance, request = self.resolved.importance, self.request
+        profile = load_profile(request.profile) if request.profile is not None else None
+        has = importance.has if importance is not None else None
+        self.problem: SizeProblem = size_problem(self.source.tensors, self.source.metadata, request.rules, has, profile)
+        self.table = measure_table(self.source, self.problem.requests, importance, request, self.settings)
+        order = np.random.default_rng(0).permutation(len(self.tokens))
+        n_last = max(len(order) // 4, 3)
+        self.unseen, self.pool = self.tokens[order[:n_last]], self.tokens[order[n_last:]]
+        self.first = self.best = self._write(self.resolved.plan, None)
+
+    def run(self, deadline: float) -> Plan:
+        """Try swaps until none is left or time is up; return the plan that the last chunks confirm."""
+        for kind, factor in self._swaps():
+            if time.monotonic() > deadline:
+                break
+            self._try(kind, factor, len(self.swaps))
+        n_kept = sum(swap.is_kept for swap in self.swaps)
+        if not n_kept:
+            self.verdict = f"search: {len(self.swaps)} swaps tried, none is better than the plan"
+            return self.first.plan
+        difference = self._difference(self.best, self.first, self.unseen)
+        is_better = _is_certain(difference)
+        what = f"mean KLD {difference.value:+.3g} ± {difference.standard_error or 0:.2g} on chunks no swap has seen"
+        self.verdict = f"search: {len(self.swaps)} swaps tried, {n_kept} kept, {what}{'' if is_better else ': not confirmed, the first plan stays'}"
+        return self.best.plan if is_better else self.first.plan
+
+    def _swaps(self) -> Iterator[tuple[str, float]]:
+        """Yield (kind, factor), those of the largest estimated error first; a round after each that kept one."""
+        errors: dict[str, float] = {}
+        for row in self.table.rows.values():
+            kind = tensor_role(row.name).kind
+            errors[kind] = errors.get(kind, 0.0) + max(damage.estimated_error for damage in row.damages)
+        while True:
+            before = sum(swap.is_kept for swap in self.swaps)
+            for kind in sorted(errors, key=lambda kind: -errors[kind]):
+                for factor in FACTORS:
+                    yield kind, factor
+            if sum(swap.is_kept for swap in self.swaps) == before:
+                return
+
+    def _try(self, kind: str, factor: float, number: int) -> None:
+        tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
+        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes).plan
+        if _types(plan) == _types(self.best.plan):
+            return
+        trial = self._write(replace(plan, intent=f"{self.resolved.plan.intent}, searched"), self.best)
+        chunks = np.roll(self.pool, number * (len(self.pool) // 3), axis=0)
+        few, rest = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :]
+        difference = self._difference(trial, self.best, few)
+        if difference.value < 0:
+            difference = self._difference(trial, self.best, rest)
+        is_kept = difference.value < 0 and _is_certain(difference)
+        self.swaps.append(Swap(kind, factor, difference, is_kept))
+        self.settings.announce(f"search: {self.swaps[-1]}")
+        loser = self.best if is_kept else trial
+        if loser is not self.first:
+            loser.path.unlink()
+        if is_kept:
+            self.best, self.tilt = trial, tilt
+
+    def _difference(self, a: _File, b: _File, tokens: Tokens) -> Measure:
+        """Return the mean KLD of a less that of b, in nats."""
+        qualities = measure_qualities([a.path, b.path], self.reference, tokens, n_threads=self.settings.n_threads, progress=self.settings.progress)
+        return compare_paired(*qualities).mean_kld_difference_nats
+
+    def _file_bytes(self, plan: Plan) -> int:
+        return total_bytes(self.source, replace(self.resolved.order(self.request), plan=plan))
+
+    def _write(self, plan: Plan, like: _File | None) -> _File:
+        """Write a plan with plain encoders, taking over what it shares with a file."""
+        reuse = None
+        if like is not None:
+            types = _types(plan)
+            kept = {row.name for row in like.plan.rows if row.is_encoded and types[row.name] is row.type}
+            reuse = Reuse({tensor.name: tensor for tensor in open_source(like.path).tensors if tensor.name in kept}, like.result.logs)
+        order = replace(self.resolved.order(self.request), plan=plan, compensate=Compensate.OFF, reuse=reuse)
+        path = self.folder / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
+        settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False)
+        return _File(plan, path, publish(self.source, order, path, settings, ()))
+
+
+def _is_certain(difference: Measure) -> bool:
+    return difference.standard_error is not None and difference.value < -CERTAIN * difference.standard_error
+
+
+def _types(plan: Plan) -> dict[str, object]:
+    return {row.name: row.type for row in plan.rows}
+
+
+def tilted(table: ErrorTable, tilt: Tilt) -> ErrorTable:
+    """Return a table with the estimated errors of each kind of tensor multiplied by its factor in `tilt`."""
+
+    def of(row: ErrorRow) -> ErrorRow:
+        factor = tilt.get(tensor_role(row.name).kind, 1.0)
+        return replace(row, damages=tuple(replace(d, estimated_error=factor * d.estimated_error) for d in row.damages))
+
+    return ErrorTable({name: of(row) for name, row in table.rows.items()})
