@@ -294,7 +294,6 @@ def test_a_finished_file_is_checked_again(demo_model: Path, demo_gguf: Path) -> 
         stream.write(b"\x00\x7c")  # the first block scale: infinity
     with pytest.raises(QualityError, match=r"tensor blk\.1\.ffn_up\.weight: got a NaN, an infinity"):
         check_again(path)
-    manifest_path(path).unlink()  # which knows of the damage by itself
     with path.open("r+b") as stream:
         stream.seek(info.offset)
         stream.write(b"\x00\x7b")  # finite and much too large
