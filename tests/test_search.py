@@ -17,7 +17,7 @@ from loopgguf.errortable import Basis, ErrorRow, ErrorTable, TypeDamage
 from loopgguf.evaluation import Measure
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
-from loopgguf.intent import Search
+from loopgguf.intent import GATE_BYTES, Search
 from loopgguf.search import tilted
 from loopgguf.workflow import QuantizeRequest, Settings, quantize
 
@@ -66,7 +66,7 @@ BETTER, WORSE, UNSURE = Measure(-1.0, 0.1), Measure(1.0, 0.1), Measure(-1.0, 0.9
 
 def test_nothing_certain_leaves_the_plan(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches swaps that stay by chance, and trial files that stay for good."""
-    first = quantize(model, tmp_path / "first.gguf", replace(request_, search=None), SETTINGS)
+    first = quantize(model, tmp_path / "first.gguf", replace(request_, search=None, size_bytes=SIZE - GATE_BYTES), SETTINGS)
     seen = judge(monkeypatch, UNSURE)
     result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
     assert len(seen) > 2
@@ -80,7 +80,7 @@ def test_a_swap_that_is_certain_stays_and_is_confirmed(model: Path, request_: Qu
     """Catches a swap that is judged on the chunks that chose it, a confirmation on chunks that swaps have seen, and a larger file."""
     seen = judge(monkeypatch, BETTER, BETTER, WORSE)
     with monkeypatch.context() as patch:
-        patch.setattr(search, "FACTORS", (2.0,))
+        patch.setattr(search, "FACTORS", (64.0,))
         result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
     few, rest = ({tuple(chunk) for chunk in tokens} for tokens in seen[:2])
     assert few.isdisjoint(rest)
