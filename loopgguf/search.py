@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
+from loopgguf.checkpoint import content_key
 from loopgguf.errors import UsageError
 from loopgguf.errortable import ErrorRow, ErrorTable
 from loopgguf.evaluation import Measure, compare_paired, measure_qualities
@@ -119,6 +120,7 @@ class _Search:
     swaps: list[Swap] = field(default_factory=list)
     verdict: str = ""
     tilt: Tilt = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)  # plans that are no better than the best there is
 
     def __post_init__(self) -> None:
         importance, request = self.resolved.importance, self.request
@@ -164,7 +166,8 @@ class _Search:
     def _try(self, kind: str, factor: float, number: int) -> None:
         tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
         plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes).plan
-        if _types(plan) == _types(self.best.plan):
+        key = content_key(*_types(plan).items())
+        if key in self.tried or _types(plan) == _types(self.best.plan):
             return
         trial = self._write(replace(plan, intent=f"{self.resolved.plan.intent}, searched"), self.best)
         chunks = np.roll(self.pool, number * (len(self.pool) // 3), axis=0)
@@ -179,7 +182,9 @@ class _Search:
         if loser is not self.first:
             loser.path.unlink()
         if is_kept:
-            self.best, self.tilt = trial, tilt
+            self.best, self.tilt, self.tried = trial, tilt, set()
+        else:
+            self.tried.add(key)
 
     def _difference(self, a: _File, b: _File, tokens: Tokens) -> Measure:
         """Return the mean KLD of a less that of b, in nats."""
@@ -194,7 +199,7 @@ class _Search:
         reuse = None
         if like is not None:
             types = _types(plan)
-            kept = {row.name for row in like.plan.rows if row.is_encoded and types[row.name] is row.type}
+            kept = {row.name for row in like.plan.rows if row.is_encoded and types[row.name] == row.type.name}
             reuse = Reuse({tensor.name: tensor for tensor in open_source(like.path).tensors if tensor.name in kept}, like.result.logs)
         order = replace(self.resolved.order(self.request), plan=plan, compensate=Compensate.OFF, reuse=reuse)
         path = self.folder / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
@@ -206,8 +211,8 @@ def _is_certain(difference: Measure) -> bool:
     return difference.standard_error is not None and difference.value < -CERTAIN * difference.standard_error
 
 
-def _types(plan: Plan) -> dict[str, object]:
-    return {row.name: row.type for row in plan.rows}
+def _types(plan: Plan) -> dict[str, str]:
+    return {row.name: row.type.name for row in plan.rows}
 
 
 def tilted(table: ErrorTable, tilt: Tilt) -> ErrorTable:
