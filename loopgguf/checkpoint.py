@@ -243,7 +243,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 class StopRequest:
     """While the context lasts, the first SIGINT or SIGTERM sets `should_stop`: what runs ends its step and raises Interrupted.
-    The second raises KeyboardInterrupt, a third ends the process (main thread only)."""
+    The second ends the process at once, whatever its threads do: what is finished survives any death (main thread only)."""
 
     def __init__(self) -> None:
         self.should_stop = False
@@ -260,11 +260,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:
-            for stop in STOP_SIGNALS:  # what cannot be interrupted is ended by the next one
-                signal.signal(stop, signal.SIG_DFL)
-            raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.should_stop = True
-        logger.warning("stopping after this step; once more gives it up, a third time ends the process")
+        logger.warning("stopping after this step; once more stops at once")
 
 
 class Job(StopRequest):
