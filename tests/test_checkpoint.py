@@ -148,13 +148,14 @@ with Job(Path(sys.argv[1]), {}), ThreadPoolExecutor(1) as pool:
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child")
 def test_second_signal_stops_at_once(tmp_path: Path):
     """Catches a run that cannot be stopped while a step takes hours, for it waits for its threads."""
-    child = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path / "job")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    assert child.stdout is not None and child.stderr is not None
-    assert child.stdout.readline() == "busy\n"
-    child.send_signal(signal.SIGINT)
-    assert "once more stops at once" in child.stderr.readline()
-    child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=60) == -signal.SIGINT
+    command = [sys.executable, "-c", BUSY, str(tmp_path / "job")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == "busy\n"
+        child.send_signal(signal.SIGINT)
+        assert "once more stops at once" in child.stderr.readline()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == -signal.SIGINT
 
 
 def test_signals_are_given_back(tmp_path: Path):
