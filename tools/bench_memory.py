@@ -10,7 +10,7 @@ interpreter that does nothing. The bars: at most 500 MB from a folder, 200 MB fr
 for every model of the default.
 
 `--torch` measures `imatrix` over a checkpoint folder instead, above what it takes on a model of
-2 MB, which is what is imported: the bar is twice the float32 bytes of the largest layer (of the head, where that is larger) and
+2 MB, which is what is imported: the bar is twice the float32 bytes of the largest decoder layer and
 `--max-memory`, and with `--gram` that layer's matrices of both sets besides.
 """
 
@@ -76,11 +76,12 @@ def measure_peak(command: list[str]) -> tuple[int, float]:
 
 
 def largest_layer(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights of a checkpoint's largest layer, the embedding or head being one by itself."""
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    """Return the shapes of the weights of a checkpoint's largest decoder layer."""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for tensor in open_source(folder).tensors:
         layer = tensor_role(tensor.name).layer
-        layers.setdefault(tensor.name if layer is None else str(layer), {})[tensor.name] = tensor.shape
+        if layer is not None:
+            layers.setdefault(layer, {})[tensor.name] = tensor.shape
     return max(layers.values(), key=lambda shapes: sum(map(math.prod, shapes.values())))
 
 
