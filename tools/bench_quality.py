@@ -41,7 +41,7 @@ from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
 from loopgguf.opening import default_threads
-from loopgguf.planner import TypeRules, plan_conversion
+from loopgguf.planner import OUTPUT, TypeRules, plan_conversion
 from loopgguf.publish import Order, publish
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, quantize, reference_gguf
@@ -98,9 +98,15 @@ def as_candidate(name: str, path: Path) -> Candidate:
     return Candidate(name, path, *file_size(path))
 
 
-def make_requests(options: argparse.Namespace) -> dict[str, QuantizeRequest]:
+def block_rules(model: Path) -> TypeRules:
+    """Return the rules that leave embedding and head, where it is a tensor of its own, at BF16."""
+    has_head = any(tensor.name == OUTPUT for tensor in open_source(model).tensors)
+    return TypeRules(pure=True, output_type=GgmlType.BF16 if has_head else None, token_embedding_type=GgmlType.BF16)
+
+
+def make_requests(model: Path, options: argparse.Namespace) -> dict[str, QuantizeRequest]:
     """Return the presets and profiles asked for, by name."""
-    rules = TypeRules(pure=True, output_type=GgmlType.BF16, token_embedding_type=GgmlType.BF16) if options.blocks else TypeRules()
+    rules = block_rules(model) if options.blocks else TypeRules()
     common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())), rules=rules)
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
@@ -123,7 +129,7 @@ def make(model: Path, name: str, request: QuantizeRequest, folder: Path, options
 def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> list[Candidate]:
     """Quantize a model as every preset and profile asked for, and at the sizes of presets; files that were given come first."""
     candidates = {path.stem: as_candidate(path.stem, path) for path in map(Path, split(options.files))}
-    for name, request in make_requests(options).items():
+    for name, request in make_requests(model, options).items():
         candidates[Path(name).stem] = make(model, Path(name).stem, request, folder, options)
         if name in split(options.at_size_of):
             sized = replace(request, quant_type=None, size_bytes=candidates[name].n_bytes, compensate=options.compensate)
