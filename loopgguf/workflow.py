@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import job_folder, sweep
+from loopgguf.checkpoint import SEARCH, drop_stage, job_folder, sweep
 from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
@@ -87,21 +87,30 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if search_text is not None:
         reference, said = reference_gguf(model, replace(settings, job_folder=None))
         notes += said
-        resolved = search_plan(source, resolved, request, reference, search_text, settings, (output or Path()).absolute().parent)
+        resolved = search_plan(source, resolved, request, reference, search_text, settings, folder)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
     bpw = bits_per_weight(resolved.plan)
     if bpw < LOW_BPW:
         settings.announce(low_bits_warning(bpw, is_sized=resolved.sized is not None))
+    if request.search is not None and request.dry_run:
+        notes.append("search: a dry run measures nothing; types may be swapped within the same size")
     if gate is not None and request.dry_run:
         notes.append(f"quality gate: {gate}; a dry run measures nothing, and recovery may make the file larger")
-    if gate is None or selection is None:
-        result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
-        return result if bpw >= LOW_BPW or request.dry_run else _with_collapse_check(result, known_reference(source), settings)
-    reference, said = reference_gguf(model, replace(settings, job_folder=None))
-    gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
-    gated = replace(gated, notes=(*notes, *said, *gated.notes))
-    return gated if bpw >= LOW_BPW else _with_collapse_check(gated, reference, settings)
+    is_checked = bpw < LOW_BPW and not request.dry_run
+    beside = known_reference(source) if is_checked else None
+    try:
+        if gate is None or selection is None:
+            result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
+        else:
+            beside, said = reference_gguf(model, replace(settings, job_folder=None))
+            gated = pass_gate(source, resolved, request, gate, output, beside, selection, settings)
+            result = replace(gated, notes=(*notes, *said, *gated.notes))
+    except QualityError:  # going on would end in the same way
+        drop_stage(folder, SEARCH)
+        raise
+    drop_stage(folder, SEARCH)
+    return _with_collapse_check(result, beside, settings) if is_checked else result
 
 
 def _with_collapse_check(result: WriteResult, reference: Path | None, settings: Settings) -> WriteResult:
