@@ -198,9 +198,8 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
     else:
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
-    if request.target_kld_nats is None and (request.gate is not None or request.search is not None):
-        budget_bytes -= GATE_BYTES
-    sized = plan_size(problem, table, budget_bytes, measure_file)
+    has_more_metadata = request.gate is not None or request.search is not None
+    sized = plan_size(problem, table, budget_bytes, measure_file, GATE_BYTES if has_more_metadata and request.target_kld_nats is None else 0)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return Resolved(sized.plan, importance, notes, sized)
 

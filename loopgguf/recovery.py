@@ -26,7 +26,7 @@ from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, QUANTIZED_TYPES, GgmlType, tensor_bytes
 from loopgguf.gate import CheckedResult, Gate, GateResult, GateStep, Reading, below_gate_path, read_quality
 from loopgguf.importance import calibration_chunks
-from loopgguf.intent import GATE_BYTES, QuantizeRequest, Resolved, measure_table
+from loopgguf.intent import QuantizeRequest, Resolved, measure_table
 from loopgguf.manifest import manifest_path
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
@@ -48,7 +48,10 @@ TypeFilter = Callable[[GgmlType], bool]
 def refuse_gate(request: QuantizeRequest, gate: Gate) -> None:
     """Raise UsageError where a gate contradicts itself or the rest of a request."""
     if gate.max_kld_nats is None and gate.max_ppl_increase_percent is None:
-        raise UsageError("--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too, or leave them out")
+        raise UsageError(
+            "--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too (for the text alone, or --search-minutes), "
+            "or leave them out"
+        )
     for option, limit in (("--max-kld", gate.max_kld_nats), ("--max-ppl-increase", gate.max_ppl_increase_percent)):
         if limit is not None and not 0 < limit < float("inf"):
             raise UsageError(f"{option}: got {limit:g}, expected a number above 0")
@@ -142,7 +145,7 @@ class _Recovery:
     def max_bytes(self) -> int | None:
         """How large the file may become; a size that was asked for is a promise."""
         sized = self.resolved.sized if self.request.target_kld_nats is None else None  # a KLD promises no size
-        budget = sized.budget_bytes + GATE_BYTES if sized is not None else None
+        budget = sized.budget_bytes if sized is not None else None
         return self.gate.max_size_bytes if self.gate.max_size_bytes is not None else budget
 
     @property

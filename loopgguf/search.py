@@ -196,7 +196,7 @@ class _Search:
 
     def _try(self, kind: str, factor: float, number: int) -> None:
         tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
-        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes).plan
+        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes, self.sized.kept_bytes).plan
         if _types(plan) == _types(self.best.plan):
             return
         trial = self._write(replace(plan, intent=f"{self.resolved.plan.intent}, searched"), self.best)

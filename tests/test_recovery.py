@@ -183,12 +183,13 @@ def test_an_estimated_kld_promises_no_size(model: Path, request_: QuantizeReques
     source, sized = replace(open_source(model), is_checkpoint=True), replace(request_, quant_type=None, size_bytes=30_000)
     resolved = resolve(source, replace(sized, use_gradients=False), SETTINGS)
     assert resolved.sized is not None
+    least = resolved.sized.reachable_bytes[0] - resolved.sized.kept_bytes
     monkeypatch.setattr(intent, "find_sensitivities", lambda *_: None)
-    monkeypatch.setattr(intent, "budget_for_kld", lambda *_: resolved.sized.reachable_bytes[0])
+    monkeypatch.setattr(intent, "budget_for_kld", lambda *_: least)
     by_kld = replace(sized, size_bytes=None, target_kld_nats=1.0)
     smallest = resolve(source, by_kld, SETTINGS)
     assert smallest.sized is not None
-    assert smallest.sized.budget_bytes == resolved.sized.reachable_bytes[0]
+    assert smallest.sized.total_bytes == smallest.sized.budget_bytes == least
 
     def max_bytes(found: Resolved, request: QuantizeRequest) -> int | None:
         assert request.gate is not None

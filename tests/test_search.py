@@ -192,6 +192,19 @@ def test_no_swap_takes_the_type_of_a_super_weight(model: Path, request_: Quantiz
     assert {row.name: row.type for row in plan.rows if row.name in names} == {name: planned[name] for name in names}
 
 
+def test_names_of_many_texts_do_not_exceed_the_size(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a size that the names of the selection texts exceed, though the plan has it."""
+    assert request_.search is not None
+    text = Path(request_.search.files[0]).read_text(encoding="utf-8")
+    files = [tmp_path / f"{number}{'x' * 200}.txt" for number in range(6)]
+    for number, file in enumerate(files):
+        file.write_text(text[1000 * number : 1000 * (number + 1)], encoding="utf-8")
+    judge(monkeypatch, UNSURE)
+    result = quantize(model, tmp_path / "out.gguf", replace(request_, search=Search(1e-9, tuple(files))), SETTINGS)
+    assert result.total_bytes == (tmp_path / "out.gguf").stat().st_size <= SIZE
+    assert read_gguf(tmp_path / "out.gguf").metadata["loopgguf.selection.dataset"].data == f"{files[0].name}, {files[1].name}, and 4 more"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
