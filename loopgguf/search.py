@@ -122,11 +122,10 @@ def _search(
 ) -> list[str]:
     """Search, write the plan to `found`, and return what there is to say of it."""
     assert resolved.sized is not None and request.search is not None
-    deadline = time.monotonic() + 60 * request.search.minutes
     try:
         shutil.rmtree(job.work)  # a killed run's
         search = _Search(source, resolved, resolved.sized, request, reference, chunks.tokens, settings, job)
-        plan = search.run(deadline)
+        plan = search.run(time.monotonic() + 60 * request.search.minutes)
     finally:
         shutil.rmtree(job.work, ignore_errors=True)
     save_plan(SavedPlan(plan, model_name(source.path), resolved.sized.total_bytes, None), found, overwrite=True)

@@ -84,33 +84,39 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if output is not None and not request.keep_split and not request.dry_run:
         check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
-    if search_text is not None:
-        reference, said = reference_gguf(model, replace(settings, job_folder=None))
-        notes += said
+    is_measured = search_text is not None or selection is not None
+    reference, said = reference_gguf(model, replace(settings, job_folder=None)) if is_measured else (None, [])
+    notes += said
+    if search_text is not None and reference is not None:
         resolved = search_plan(source, resolved, request, reference, search_text, settings, folder)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
     bpw = bits_per_weight(resolved.plan)
     if bpw < LOW_BPW:
         settings.announce(low_bits_warning(bpw, is_sized=resolved.sized is not None))
-    if request.search is not None and request.dry_run:
-        notes.append("search: a dry run measures nothing; types may be swapped within the same size")
-    if gate is not None and request.dry_run:
-        notes.append(f"quality gate: {gate}; a dry run measures nothing, and recovery may make the file larger")
-    is_checked = bpw < LOW_BPW and not request.dry_run
-    beside = known_reference(source) if is_checked else None
+    notes += _describe_unmeasured(request)
     try:
-        if gate is None or selection is None:
+        if gate is None or selection is None or reference is None:
             result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
         else:
-            beside, said = reference_gguf(model, replace(settings, job_folder=None))
-            gated = pass_gate(source, resolved, request, gate, output, beside, selection, settings)
-            result = replace(gated, notes=(*notes, *said, *gated.notes))
+            gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
+            result = replace(gated, notes=(*notes, *gated.notes))
     except QualityError:  # going on would end in the same way
         drop_stage(folder, SEARCH)
         raise
+    if request.dry_run:
+        return result
     drop_stage(folder, SEARCH)
-    return _with_collapse_check(result, beside, settings) if is_checked else result
+    return result if bpw >= LOW_BPW else _with_collapse_check(result, reference or known_reference(source), settings)
+
+
+def _describe_unmeasured(request: QuantizeRequest) -> list[str]:
+    """Say what of a request a dry run leaves out."""
+    if not request.dry_run:
+        return []
+    search = ["search: a dry run measures nothing; types may be swapped within the same size"] if request.search is not None else []
+    gate = [f"quality gate: {request.gate}; a dry run measures nothing, and recovery may make the file larger"] if request.gate is not None else []
+    return [*search, *gate]
 
 
 def _with_collapse_check(result: WriteResult, reference: Path | None, settings: Settings) -> WriteResult:

@@ -219,6 +219,21 @@ def test_requests_that_contradict_themselves(model: Path, request_: QuantizeRequ
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_says_that_it_searches_nothing(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a dry run whose types are taken for those that a search ends with, one that searches, and one that throws away a
+    plan that was found for a file that is still to be written."""
+    judge(monkeypatch, UNSURE)
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "publish", _raise(Interrupted("while it is written")))
+        with pytest.raises(Interrupted, match="while it is written"):
+            quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    found = job_folder(tmp_path / "out.gguf") / SEARCH / "shards" / "plan.json"
+    assert found.exists()
+    result = quantize(model, tmp_path / "out.gguf", replace(request_, dry_run=True), SETTINGS)
+    assert [note for note in result.notes if note.startswith("search: ")] == ["search: a dry run measures nothing; types may be swapped within the same size"]
+    assert found.exists()
+
+
 def test_too_little_text(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
     """Catches a search whose confirmation rests on a chunk or two."""
     assert request_.search is not None
