@@ -57,7 +57,7 @@ FORMAT = 1
 CURRENT, PREVIOUS, LOCK, OBJECTS = "CURRENT", "PREVIOUS", "lock", "objects"
 TEMPORARY = "CURRENT.tmp"
 PUBLISHING = "PUBLISHING"  # is there while files of a finished job get their names
-IMATRIX, QUANTIZE = "imatrix", "quantize"  # the stages of a command
+IMATRIX, SEARCH, QUANTIZE, GATE = STAGES = "imatrix", "search", "quantize", "gate"  # of a command
 WORK, SHARDS = "work", "shards"  # subfolders of an engine, and of results that are written as they come
 ENGINE = "engine"  # the part of a state that is the engine's own
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -257,6 +257,9 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopRequest) and self.should_stop:  # what came too late for us is for what we are a part of
+                outer.should_stop = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:
@@ -469,15 +472,22 @@ def job_folder(output: Path) -> Path:
 
 @contextlib.contextmanager
 def open_stage(folder: Path, stage: str, fingerprint: Mapping[str, object], *, resume: bool = True, keep: bool = False) -> Iterator[Job]:
-    """Open the job of one stage (`IMATRIX`, `QUANTIZE`) of what a command does, a folder of its own in the command's job
-    folder, which goes when nothing is left in it. Raises as `Job`."""
-    _refuse_foreign(folder, {IMATRIX, QUANTIZE})
+    """Open the job of one stage (of `STAGES`) of what a command does, a folder of its own in the command's job folder, which
+    goes when nothing is left in it. Raises as `Job`."""
+    _refuse_foreign(folder, STAGES)
     try:
         with Job(folder / stage, fingerprint, resume=resume, keep=keep) as job:
             yield job
     finally:
         with contextlib.suppress(OSError):  # another stage's work is in it
             folder.rmdir()
+
+
+def drop_stage(folder: Path, stage: str) -> None:
+    """Remove a stage that other stages have made use of, when all of them are finished."""
+    if (folder / stage).exists():
+        with open_stage(folder, stage, {}, resume=False) as job:
+            job.clear()
 
 
 def _has_state(folder: Path) -> bool:
@@ -491,7 +501,7 @@ def was_publishing(folder: Path, stage: str) -> bool:
 
 def sweep(folder: Path) -> None:
     """Remove from a command's job folder what is left of jobs that were finished, and killed before they were gone."""
-    for stage in (folder / IMATRIX, folder / QUANTIZE):
+    for stage in (folder / name for name in STAGES):
         if (stage / LOCK).exists() and not _has_state(stage):
             with contextlib.suppress(UsageError), Job(stage, {}):  # else it has just begun
                 pass

@@ -6,7 +6,7 @@ A preset, a profile, a size or a saved plan; the imatrix is given, made before, 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -145,17 +145,22 @@ def _protect(source: Source, request: QuantizeRequest, settings: Settings) -> Re
     notes = [f"super weights: {len(found.weights)}, {origin}"]
     protection = Protection(found, mask)
     raised: dict[str, GgmlType] = {}
-    pins: tuple[Override, ...] = ()
+    rules = request.rules
     while True:
         get = resolved.importance or (lambda _name: None)
         plan, protection, said = plan_protection(source, resolved.plan, protection, get, request.super_weight_budget_bytes)
         raised |= protection.raised
         if not (is_sized(request) and protection.raised):
             break
-        types = {row.name: row.type for row in plan.rows}
-        pins += tuple(Override(f"^{re.escape(name)}$", types[name]) for name in protection.raised)
-        resolved = _resolve(source, replace(request, rules=replace(request.rules, overrides=(*pins, *request.rules.overrides))), settings)
+        rules = with_pins(rules, plan, protection.raised)
+        resolved = _resolve(source, replace(request, rules=rules), settings)
     return replace(resolved, plan=plan, notes=(*resolved.notes, *notes, *said), protection=replace(protection, raised=raised))
+
+
+def with_pins(rules: TypeRules, plan: Plan, names: Collection[str]) -> TypeRules:
+    """Return the rules with the types that these tensors have in a plan asked for by name."""
+    pins = (Override(f"^{re.escape(row.name)}$", row.type) for row in plan.rows if row.name in names)
+    return replace(rules, overrides=(*pins, *rules.overrides))
 
 
 def _resolve(source: Source, request: QuantizeRequest, settings: Settings) -> Resolved:
@@ -193,9 +198,8 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
     else:
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
-    if request.gate is not None or request.search is not None:
-        budget_bytes -= GATE_BYTES
-    sized = plan_size(problem, table, budget_bytes, measure_file)
+    has_more_metadata = request.gate is not None or request.search is not None
+    sized = plan_size(problem, table, budget_bytes, measure_file, GATE_BYTES if has_more_metadata and request.target_kld_nats is None else 0)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return Resolved(sized.plan, importance, notes, sized)
 

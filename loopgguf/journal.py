@@ -32,7 +32,7 @@ Parts = Sequence[tuple[PartFile, Layout]]
 SAVE_SECONDS = 5.0  # between two saves, at least
 MAX_SHARE = 0.05  # of the time, which saves may take on a slow disk
 
-_TENSORS, _VERIFIED = "tensors", "verified"
+_TENSORS, _VERIFIED, _PUBLISHED = "tensors", "verified", "published"
 
 
 def _from_json(entries: Mapping[str, Any]) -> TensorLog:
@@ -63,6 +63,8 @@ class Journal:
         self._due = time.monotonic() + min_seconds
 
     def _read_back(self, state: State, n_threads: int) -> dict[str, TensorLog]:
+        if state.facts.get(_PUBLISHED):
+            return {}
         kept = {name: _from_json(entries) for name, entries in _entries(state, _TENSORS).items()}
         places = [(part, info) for part, layout in self.parts for info in layout.tensors if info.name in kept]
 
@@ -138,9 +140,9 @@ class Journal:
         return f"{len(self.logs)} of {self._n_tensors} tensors"
 
     def finish(self) -> None:
-        """Let the job go: the parts have their names. What is kept of one that is to be kept no longer says that they may be taken back."""
+        """Let the job go: the parts have their names. What is kept of one that is to be kept says so, and no longer that they may be taken back."""
         if self.job.keep:
-            self._save({})
+            self._save({_PUBLISHED: True})
         self.job.finish()
 
     def give_up(self) -> None:

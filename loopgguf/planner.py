@@ -428,6 +428,7 @@ class SizedPlan:
     solution: Solution
     best_preset: tuple[str, float] | None
     is_preset: bool = False
+    kept_bytes: int = 0  # of the budget, for metadata to come
 
 
 @dataclass(frozen=True)
@@ -605,21 +606,23 @@ def budget_for_kld(problem: SizeProblem, table: ErrorTable, target_nats: float, 
     return room + frame.fixed_bytes(_size_intent(10 * room))
 
 
-def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measure_file: Callable[[Plan], int]) -> SizedPlan:
+def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measure_file: Callable[[Plan], int], kept_bytes: int = 0) -> SizedPlan:
     """Return the plan of least estimated error whose file has at most `budget_bytes`, exact to the byte.
 
     table: the measured errors of `problem.requests`. measure_file: the exact bytes of the finished file (or files) of a
-    plan, header and padding included. Raises UsageError naming the reachable interval when the budget is outside it.
+    plan, header and padding included. kept_bytes: of the budget, kept for metadata that `measure_file` does not know.
+    Raises UsageError naming the reachable interval when the budget is outside it.
     """
     frame, intent = _Frame(problem, table, measure_file), _size_intent(budget_bytes)
     items, choices, reason = frame.items, frame.choices, f"least error within {budget_bytes:,} bytes"
-    reachable = frame.reachable_bytes(intent)
+    smallest, largest = frame.reachable_bytes(intent)
+    reachable = smallest + kept_bytes, largest + kept_bytes
     if not reachable[0] <= budget_bytes <= reachable[1]:
         raise UsageError(
             f"size: got {budget_bytes:,} bytes, expected {reachable[0]:,} to {reachable[1]:,}, which is what this model can be under these rules. "
             f"Ask for a size between, or change the rules"
         )
-    room = max(budget_bytes - frame.fixed_bytes(intent), reachable_bytes(items)[0])
+    room = max(budget_bytes - kept_bytes - frame.fixed_bytes(intent), reachable_bytes(items)[0])
     solution = solve(items, room)
     preset, is_preset = _best_preset(problem, items, choices, room), False
     if preset is not None and preset[1].error < solution.error * (1 - _TIE):
@@ -627,9 +630,9 @@ def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measur
         reason = f"preset {preset[0]}, estimated better than the solver's plan"
     plan = _explain(frame.draw(solution.picks, intent, reason), problem, table, solution)
     total_bytes = measure_file(plan)
-    assert total_bytes <= budget_bytes, (total_bytes, budget_bytes)
+    assert total_bytes + kept_bytes <= budget_bytes, (total_bytes, kept_bytes, budget_bytes)
     best = (preset[0], preset[1].error) if preset is not None else None
-    return SizedPlan(plan, budget_bytes, total_bytes, reachable, solution, best, is_preset)
+    return SizedPlan(plan, budget_bytes, total_bytes, reachable, solution, best, is_preset, kept_bytes)
 
 
 def describe_sized(sized: SizedPlan, table: ErrorTable) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import shutil
 import tempfile
 import time
@@ -46,6 +47,7 @@ from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
+SELECTION_NAMES_BYTES = 512  # half of `intent.GATE_BYTES`
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,17 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     if order.compensate is not Compensate.OFF:
         metadata["loopgguf.compensate"] = string(order.compensate)
     if order.selection is not None:
-        metadata["loopgguf.selection.dataset"] = string(", ".join(order.selection.names))
+        metadata["loopgguf.selection.dataset"] = string(_fitting(order.selection.names))
         metadata["loopgguf.selection.sha256"] = string(tokens_sha256(order.selection.tokens))
     if order.protection is not None:
         metadata["loopgguf.super_weights"] = string("protected")
     return metadata
+
+
+def _fitting(names: Sequence[str]) -> str:
+    """Return as many names as fit into what a size keeps for them, and how many more there are."""
+    n_fitting = sum(n_bytes <= SELECTION_NAMES_BYTES for n_bytes in itertools.accumulate(len(f"{name}, ".encode()) for name in names))
+    return ", ".join([*names[:n_fitting], *([f"and {len(names) - n_fitting} more"] if n_fitting < len(names) else [])])
 
 
 def lay_out(source: Source, order: Order, output: Path) -> list[tuple[Path, Layout]]:

@@ -8,22 +8,25 @@ and the held-out text may not share content.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from loopgguf.allocation import Choice, improve
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import job_folder
-from loopgguf.errors import QualityError, UsageError
+from loopgguf.checkpoint import GATE, Job, State, job_folder, open_stage
+from loopgguf.container import part_path
+from loopgguf.errors import Interrupted, QualityError, UsageError
 from loopgguf.errortable import ErrorTable, Request
 from loopgguf.evaluation import measure_quality
 from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, QUANTIZED_TYPES, GgmlType, tensor_bytes
 from loopgguf.gate import CheckedResult, Gate, GateResult, GateStep, Reading, below_gate_path, read_quality
 from loopgguf.importance import calibration_chunks
-from loopgguf.intent import GATE_BYTES, QuantizeRequest, Resolved, measure_table
+from loopgguf.intent import QuantizeRequest, Resolved, measure_table
 from loopgguf.manifest import manifest_path
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
@@ -45,7 +48,10 @@ TypeFilter = Callable[[GgmlType], bool]
 def refuse_gate(request: QuantizeRequest, gate: Gate) -> None:
     """Raise UsageError where a gate contradicts itself or the rest of a request."""
     if gate.max_kld_nats is None and gate.max_ppl_increase_percent is None:
-        raise UsageError("--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too, or leave them out")
+        raise UsageError(
+            "--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too (for the text alone, or --search-minutes), "
+            "or leave them out"
+        )
     for option, limit in (("--max-kld", gate.max_kld_nats), ("--max-ppl-increase", gate.max_ppl_increase_percent)):
         if limit is not None and not 0 < limit < float("inf"):
             raise UsageError(f"{option}: got {limit:g}, expected a number above 0")
@@ -73,16 +79,32 @@ def pass_gate(
     `below_gate_path` names it; all else as `publish.publish`.
     """
     order = replace(resolved.order(request), selection=chunks)
-    recovery = _Recovery(source, resolved, request, gate, output, reference, chunks, settings)
-    check_outputs(source, [output, recovery.aside, recovery.trial], order.inputs, overwrite=settings.overwrite)
-    if not recovery.fits(order):
-        raise UsageError(f"--max-size: got {recovery.max_bytes:,} bytes, expected at least the {total_bytes(source, order):,} of the plan. Plan a smaller file")
-    recovery.run(order)
-    if not recovery.passes:
-        raise QualityError(f"{recovery.why_not()}. The best file is kept as {recovery.aside}; {gate} was asked for, it has {recovery.reading}")
-    move_published(recovery.aside, output)
+    with _open_gate(settings.job_folder or job_folder(output), below_gate_path(output)) as job:
+        recovery = _Recovery(source, resolved, request, gate, output, reference, chunks, settings, job)
+        for path, overwrite in ((output, settings.overwrite), (recovery.aside, recovery.may_overwrite), (recovery.trial, recovery.may_overwrite)):
+            check_outputs(source, [path], order.inputs, overwrite=overwrite)
+        if not recovery.fits(order):
+            least = total_bytes(source, order)
+            raise UsageError(f"{recovery.size_option}: got {recovery.max_bytes:,} bytes, expected at least the {least:,} of the plan. Plan a smaller file")
+        recovery.run(order)
+        if not recovery.passes:
+            job.finish()
+            raise QualityError(f"{recovery.why_not()}. The best file is kept as {recovery.aside}; {gate} was asked for, it has {recovery.reading}")
+        move_published(recovery.aside, output)
+        job.finish()
     steps = GateResult(gate, chunks.names, recovery.n_scored, tuple(recovery.steps))
     return CheckedResult(**{**vars(recovery.result), "paths": (output,)}, gate=steps)
+
+
+@contextlib.contextmanager
+def _open_gate(folder: Path, aside: Path) -> Iterator[Job]:
+    """Open the stage of a gate, whose state says that the file kept aside is of a run that did not end: the next may replace it."""
+    with open_stage(folder, GATE, {}) as job:
+        try:
+            yield job
+        finally:
+            if not aside.exists():
+                job.finish()
 
 
 @dataclass(eq=False)
@@ -97,11 +119,17 @@ class _Recovery:
     reference: Path
     chunks: Chunks
     settings: Settings
+    job: Job
     steps: list[GateStep] = field(default_factory=list)
     is_stopped_by_size: bool = False
     result: WriteResult = field(init=False)
     reading: Reading = field(init=False)
     n_scored: int = field(init=False)
+
+    @cached_property
+    def may_overwrite(self) -> bool:
+        """Whether files kept aside may be replaced: the user says so, or they are of a run that was stopped or killed."""
+        return self.settings.overwrite or self.job.load() is not None
 
     @property
     def aside(self) -> Path:
@@ -116,9 +144,14 @@ class _Recovery:
     @property
     def max_bytes(self) -> int | None:
         """How large the file may become; a size that was asked for is a promise."""
-        sized = self.resolved.sized
-        budget = sized.budget_bytes + GATE_BYTES if sized is not None else None
+        sized = self.resolved.sized if self.request.target_kld_nats is None else None  # a KLD promises no size
+        budget = sized.budget_bytes if sized is not None else None
         return self.gate.max_size_bytes if self.gate.max_size_bytes is not None else budget
+
+    @property
+    def size_option(self) -> str:
+        """The option that says so."""
+        return "--max-size" if self.gate.max_size_bytes is not None else "--size"
 
     def run(self, order: Order) -> None:
         """Write and measure the file as it was asked for, then take the steps in their order until it passes."""
@@ -150,11 +183,15 @@ class _Recovery:
         """Write and measure a file; the better of it and the best so far is kept."""
         is_first = not self.steps
         path = self.aside if is_first else self.trial
+        settings, is_written = replace(self.settings, overwrite=self.may_overwrite), False
         try:
-            # a trial is not gone on with: what it would be depends on what was measured before it
-            settings = self.settings if is_first else replace(self.settings, job_folder=job_folder(path), resume=False)
+            if is_first:
+                self.job.save(State(1))
+            else:  # a trial is not gone on with: what it would be depends on what was measured before it
+                settings = replace(settings, job_folder=job_folder(path), resume=False, keep_job=False)
             result = publish(self.source, order, path, settings, ())
-            quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self.settings.progress)
+            is_written = True
+            quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self._progress)
             reading = read_quality(quality)
             is_better = is_first or self.gate.miss(reading) < self.gate.miss(self.reading)
             self.steps.append(GateStep(step, None if is_first else self.reading, reading, result.total_bytes, is_better))
@@ -163,9 +200,23 @@ class _Recovery:
                 self.result, self.reading, self.n_scored = result, reading, quality.n_scored
                 if not is_first:
                     move_published(path, self.aside)
+        except Interrupted:
+            if is_first and not is_written:  # its tensors are kept, and gone on with
+                raise
+            raise self._interrupted() from None
         finally:
-            for path in (self.trial, manifest_path(self.trial)):
+            for path in (self.trial, manifest_path(self.trial), part_path(self.trial)):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(job_folder(self.trial), ignore_errors=True)
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        if self.settings.progress is not None:
+            self.settings.progress(phase, done, total)
+        if self.job.should_stop:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"interrupted at file {len(self.steps) + 1} of the gate; the same command begins with the first again, and replaces {self.aside}")
 
     def _reuse(self, plan: Plan) -> Reuse:
         """Return the tensors of the best file that the plan leaves as they are."""

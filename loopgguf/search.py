@@ -10,7 +10,7 @@ plain encoders, and only what changed is encoded again.
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,19 +21,21 @@ from numpy.typing import NDArray
 
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import content_key
-from loopgguf.errors import UsageError
+from loopgguf.checkpoint import SEARCH, Job, State, content_key, open_stage
+from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorRow, ErrorTable
 from loopgguf.evaluation import Measure, compare_paired, measure_qualities
 from loopgguf.feedback import Compensate
-from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table
-from loopgguf.opening import Settings
+from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table, with_pins
+from loopgguf.opening import Settings, model_fields, model_name
 from loopgguf.pipeline import WriteResult
+from loopgguf.planfile import SavedPlan, load_plan, save_plan
 from loopgguf.planner import Plan, SizedPlan, SizeProblem, plan_size, size_problem
 from loopgguf.profile import load_profile
 from loopgguf.publish import Reuse, publish, total_bytes
 from loopgguf.recovery import selection_chunks
 from loopgguf.source import Source, open_source
+from loopgguf.splits import tokens_sha256
 
 SEARCH_CTX = 256
 MIN_CHUNKS = 12
@@ -94,15 +96,40 @@ class _File:
 def search_plan(source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, folder: Path) -> Resolved:
     """Return the request's plan made better by swaps, with a note on each that was kept and on the end.
 
-    reference: the full-precision GGUF. chunks: `search_chunks`. folder: where trial files lie while they are measured, at
-    most three at a time. Raises as `publish.publish`.
+    reference: the full-precision GGUF. chunks: `search_chunks`. folder: the command's job folder, in which trial files lie
+    while they are measured, at most three at a time, and where the plan that was found stays for a run that goes on, until
+    `drop_stage`. Raises Interrupted when the user stops it, of which nothing is kept; else as `publish.publish`.
     """
     assert resolved.sized is not None and request.search is not None
-    with tempfile.TemporaryDirectory(prefix=".loopgguf-search-", dir=folder) as scratch:
-        search = _Search(source, resolved, resolved.sized, request, reference, chunks.tokens, settings, Path(scratch))
+    fingerprint = {
+        **model_fields(source, settings),
+        "plan": resolved.plan.hash,
+        "selection text": tokens_sha256(chunks.tokens),
+        "search-minutes": request.search.minutes,
+    }
+    with open_stage(folder, SEARCH, fingerprint, resume=settings.resume) as job:
+        found, state = job.shards / "plan.json", job.load()
+        if state is None:
+            state = State(1, facts={"notes": _search(source, resolved, request, reference, chunks, settings, job, found)})
+            job.save(state)
+        plan, said = load_plan(found).plan, state.facts["notes"]
+    assert isinstance(said, list)
+    return replace(resolved, plan=plan, notes=(*resolved.notes, *said), selection=chunks)
+
+
+def _search(
+    source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, job: Job, found: Path
+) -> list[str]:
+    """Search, write the plan to `found`, and return what there is to say of it."""
+    assert resolved.sized is not None and request.search is not None
+    try:
+        shutil.rmtree(job.work)  # a killed run's
+        search = _Search(source, resolved, resolved.sized, request, reference, chunks.tokens, settings, job)
         plan = search.run(time.monotonic() + 60 * request.search.minutes)
-    notes = (*resolved.notes, *(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict)
-    return replace(resolved, plan=plan, notes=notes, selection=chunks)
+    finally:
+        shutil.rmtree(job.work, ignore_errors=True)
+    save_plan(SavedPlan(plan, model_name(source.path), resolved.sized.total_bytes, None), found, overwrite=True)
+    return [*(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict]
 
 
 @dataclass(eq=False)
@@ -116,7 +143,7 @@ class _Search:
     reference: Path
     tokens: Tokens
     settings: Settings
-    folder: Path
+    job: Job
     swaps: list[Swap] = field(default_factory=list)
     verdict: str = ""
     tilt: Tilt = field(default_factory=dict)
@@ -126,7 +153,11 @@ class _Search:
         importance, request = self.resolved.importance, self.request
         profile = load_profile(request.profile) if request.profile is not None else None
         has = importance.has if importance is not None else None
-        self.problem: SizeProblem = size_problem(self.source.tensors, self.source.metadata, request.rules, has, profile)
+        rules, protection = request.rules, self.resolved.protection
+        if protection is not None:  # no swap may take from a super weight the type that keeps it
+            asked = {row.name for row in self.resolved.plan.rows if row.reason.startswith("--")} - protection.raised.keys()
+            rules = with_pins(rules, self.resolved.plan, ({weight.name for weight in protection.found.weights} | protection.raised.keys()) - asked)
+        self.problem: SizeProblem = size_problem(self.source.tensors, self.source.metadata, rules, has, profile)
         self.table = measure_table(self.source, self.problem.requests, importance, request, self.settings)
         order = np.random.default_rng(0).permutation(len(self.tokens))
         n_last = max(len(order) // 4, 3)
@@ -165,7 +196,7 @@ class _Search:
 
     def _try(self, kind: str, factor: float, number: int) -> None:
         tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
-        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes).plan
+        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes, self.sized.kept_bytes).plan
         key = content_key(*_types(plan).items())
         if key in self.tried or _types(plan) == _types(self.best.plan):
             return
@@ -188,8 +219,17 @@ class _Search:
 
     def _difference(self, a: _File, b: _File, tokens: Tokens) -> Measure:
         """Return the mean KLD of a less that of b, in nats."""
-        qualities = measure_qualities([a.path, b.path], self.reference, tokens, n_threads=self.settings.n_threads, progress=self.settings.progress)
+        qualities = measure_qualities([a.path, b.path], self.reference, tokens, n_threads=self.settings.n_threads, progress=self._progress)
         return compare_paired(*qualities).mean_kld_difference_nats
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        if self.settings.progress is not None:
+            self.settings.progress(phase, done, total)
+        if self.job.should_stop:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"interrupted at swap {len(self.swaps) + 1} of the search, of which nothing is kept: the same command searches anew")
 
     def _file_bytes(self, plan: Plan) -> int:
         return total_bytes(self.source, replace(self.resolved.order(self.request), plan=plan))
@@ -202,9 +242,12 @@ class _Search:
             kept = {row.name for row in like.plan.rows if row.is_encoded and types[row.name] == row.type.name}
             reuse = Reuse({tensor.name: tensor for tensor in open_source(like.path).tensors if tensor.name in kept}, like.result.logs)
         order = replace(self.resolved.order(self.request), plan=plan, compensate=Compensate.OFF, reuse=reuse)
-        path = self.folder / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
+        path = self.job.work / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
         settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False)
-        return _File(plan, path, publish(self.source, order, path, settings, ()))
+        try:
+            return _File(plan, path, publish(self.source, order, path, settings, ()))
+        except Interrupted:
+            raise self._interrupted() from None
 
 
 def _is_certain(difference: Measure) -> bool:

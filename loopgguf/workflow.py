@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import job_folder, sweep
+from loopgguf.checkpoint import SEARCH, drop_stage, job_folder, sweep
 from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
@@ -84,24 +84,39 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if output is not None and not request.keep_split and not request.dry_run:
         check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
-    if search_text is not None:
-        reference, said = reference_gguf(model, replace(settings, job_folder=None))
-        notes += said
-        resolved = search_plan(source, resolved, request, reference, search_text, settings, (output or Path()).absolute().parent)
+    is_measured = search_text is not None or selection is not None
+    reference, said = reference_gguf(model, replace(settings, job_folder=None)) if is_measured else (None, [])
+    notes += said
+    if search_text is not None and reference is not None:
+        resolved = search_plan(source, resolved, request, reference, search_text, settings, folder)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
     bpw = bits_per_weight(resolved.plan)
     if bpw < LOW_BPW:
         settings.announce(low_bits_warning(bpw, is_sized=resolved.sized is not None))
-    if gate is not None and request.dry_run:
-        notes.append(f"quality gate: {gate}; a dry run measures nothing, and recovery may make the file larger")
-    if gate is None or selection is None:
-        result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
-        return result if bpw >= LOW_BPW or request.dry_run else _with_collapse_check(result, known_reference(source), settings)
-    reference, said = reference_gguf(model, replace(settings, job_folder=None))
-    gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
-    gated = replace(gated, notes=(*notes, *said, *gated.notes))
-    return gated if bpw >= LOW_BPW else _with_collapse_check(gated, reference, settings)
+    notes += _describe_unmeasured(request)
+    try:
+        if gate is None or selection is None or reference is None:
+            result = publish(source, resolved.order(request), output, settings, notes, dry_run=request.dry_run)
+        else:
+            gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
+            result = replace(gated, notes=(*notes, *gated.notes))
+    except QualityError:  # going on would end in the same way
+        drop_stage(folder, SEARCH)
+        raise
+    if request.dry_run:
+        return result
+    drop_stage(folder, SEARCH)
+    return result if bpw >= LOW_BPW else _with_collapse_check(result, reference or known_reference(source), settings)
+
+
+def _describe_unmeasured(request: QuantizeRequest) -> list[str]:
+    """Say what of a request a dry run leaves out."""
+    if not request.dry_run:
+        return []
+    search = ["search: a dry run measures nothing; types may be swapped within the same size"] if request.search is not None else []
+    gate = [f"quality gate: {request.gate}; a dry run measures nothing, and recovery may make the file larger"] if request.gate is not None else []
+    return [*search, *gate]
 
 
 def _with_collapse_check(result: WriteResult, reference: Path | None, settings: Settings) -> WriteResult:

@@ -252,14 +252,18 @@ def test_a_full_hash_sees_bytes_that_change_neither_size_nor_time(model: Path, m
         quantize(model, Path("x.gguf"), REQUEST, full)
 
 
-def test_a_kept_job_stays_and_is_no_licence_to_overwrite(model: Path, whole: bytes) -> None:
-    """Catches a published file that is taken back as a part, because the job folder is still there."""
+def test_a_kept_job_stays_and_is_no_licence_to_overwrite(model: Path, whole: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a published file that is taken back as a part, because the job folder is still there, and a warning that its
+    tensors are damaged where they are only published."""
     keep = Settings(keep_job=True)
     quantize(model, Path("x.gguf"), REQUEST, keep)
     assert left() == [*FINISHED, "x.loopgguf-job"]
     with pytest.raises(OutputError, match="already exists"):
         quantize(model, Path("x.gguf"), REQUEST, keep)
     assert Path("x.gguf").read_bytes() == whole and left() == [*FINISHED, "x.loopgguf-job"]
+    quantize(model, Path("x.gguf"), REQUEST, replace(keep, overwrite=True))
+    assert Path("x.gguf").read_bytes() == whole
+    assert not caplog.records
 
 
 def test_two_runs_on_one_output(model: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,20 @@ def test_both_ends_are_reached_and_beyond_is_refused_with_the_interval() -> None
             solved(budget)
 
 
+def test_bytes_that_are_kept_of_a_budget() -> None:
+    """Catches a size with a gate that is refused as out of an interval which it is in, and one that the keys of a gate exceed."""
+    free, problem = solved(10**6)
+    (low, high), table = free.reachable_bytes, synthetic(problem)
+
+    def plan(budget_bytes: int) -> SizedPlan:
+        return plan_size(problem, table, budget_bytes, lambda plan: file_bytes(plan, METADATA), 1000)
+
+    with pytest.raises(UsageError, match=f"got {low:,} bytes, expected {low + 1000:,} to {high + 1000:,}"):
+        plan(low)
+    assert plan(low + 1000).total_bytes == low
+    assert plan(high).total_bytes <= high - 1000
+
+
 @pytest.mark.parametrize("preset", ["Q2_K", "IQ2_M", "Q3_K_M", "Q4_K_M", "Q6_K"])
 def test_no_preset_of_its_size_is_estimated_better(preset: str) -> None:
     """Would catch a solver that loses to what llama-quantize does anyway."""

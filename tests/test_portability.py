@@ -82,7 +82,7 @@ def test_names_that_are_written_are_legal_everywhere() -> None:
 
     path = Path("model.gguf")
     names = {checkpoint.CURRENT, checkpoint.PREVIOUS, checkpoint.TEMPORARY, checkpoint.LOCK, checkpoint.OBJECTS, checkpoint.WORK, checkpoint.SHARDS}
-    names |= {checkpoint.IMATRIX, checkpoint.QUANTIZE, checkpoint.job_folder(path).name, part_path(path).name, manifest.manifest_path(path).name}
+    names |= {*checkpoint.STAGES, checkpoint.job_folder(path).name, part_path(path).name, manifest.manifest_path(path).name}
     names |= {shard_path(path, 1, 3).name, grams.gram_path(Path("x.imatrix.gguf"), 1, 3).name}
     names |= {found.name for found in (*protection.protection_paths(Path("x.imatrix.gguf")), *reportfile.report_paths(Path("report")))}
     names |= {f"{checkpoint.content_key('a')}.json", "layer-00001", "no-layer", "hidden-1-of-3.f32"}

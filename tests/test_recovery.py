@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from tiny_llama import write_tiny_llama
 
-from loopgguf import pipeline
+from loopgguf import intent, pipeline, publish, recovery
+from loopgguf.calibration import Chunks
+from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
-from loopgguf.errors import OutputError, QualityError, UsageError
+from loopgguf.errors import Interrupted, OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, GgmlType
 from loopgguf.gate import CheckedResult, Gate
 from loopgguf.importance import ImatrixRequest
+from loopgguf.intent import Resolved, resolve
 from loopgguf.manifest import read_manifest
 from loopgguf.planner import TypeRules, parse_overrides
 from loopgguf.source import open_source
@@ -140,6 +144,61 @@ def test_what_cannot_pass_is_kept_aside(model: Path, request_: QuantizeRequest, 
         quantize(model, tmp_path / "out.gguf", request, SETTINGS)
     with pytest.raises(QualityError, match="no tensor is left that may be raised"):
         quantize(model, tmp_path / "other.gguf", replace(gated(request_, max_kld_nats=1e-12), quant_type="Q8_0"), SETTINGS)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_was_stopped_is_no_obstacle(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Catches a file kept aside by a run that did not end which the same command refuses to replace, a stop that names a folder
+    from which nothing goes on, and what a trial leaves behind; and a file of another run that is replaced."""
+    request, output = gated(request_, max_kld_nats=0.06), tmp_path / "out.gguf"
+    measure, n_measured = recovery.measure_quality, [0]
+
+    def stopped(*arguments, progress, **options):  # type: ignore[no-untyped-def]
+        n_measured[0] += 1
+        if n_measured[0] == step:
+            signal.raise_signal(signal.SIGINT)
+        return measure(*arguments, progress=progress, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "measure_quality", stopped)
+        with pytest.raises(Interrupted, match=rf"at file {step} of the gate; the same command begins with the first again"):
+            quantize(model, output, request, SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.below-gate.gguf", "out.below-gate.gguf.sha256", "out.loopgguf-job"]
+    quantize(model, output, request, SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+    with pytest.raises(OutputError, match=r"out\.gguf already exists"):
+        quantize(model, output, request, SETTINGS)
+
+
+def test_a_signal_that_comes_too_late_for_a_trial(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stop while a file is verified, after which nothing of it can be stopped, that is forgotten with its job."""
+    verify = publish._verify
+    monkeypatch.setattr(publish, "_verify", lambda *arguments: (verify(*arguments), signal.raise_signal(signal.SIGINT))[0])
+    with pytest.raises(Interrupted, match="at file 1 of the gate"):
+        quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+
+
+def test_an_estimated_kld_promises_no_size(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gate that may not make a file larger than the one that an estimate came to, and room for its keys kept of no size."""
+    source, sized = replace(open_source(model), is_checkpoint=True), replace(request_, quant_type=None, size_bytes=30_000)
+    resolved = resolve(source, replace(sized, use_gradients=False), SETTINGS)
+    assert resolved.sized is not None
+    least = resolved.sized.reachable_bytes[0] - resolved.sized.kept_bytes
+    monkeypatch.setattr(intent, "find_sensitivities", lambda *_: None)
+    monkeypatch.setattr(intent, "budget_for_kld", lambda *_: least)
+    by_kld = replace(sized, size_bytes=None, target_kld_nats=1.0)
+    smallest = resolve(source, by_kld, SETTINGS)
+    assert smallest.sized is not None
+    assert smallest.sized.total_bytes == smallest.sized.budget_bytes == least
+
+    def max_bytes(found: Resolved, request: QuantizeRequest) -> int | None:
+        assert request.gate is not None
+        chunks = Chunks(np.zeros((1, 2), np.int32), (), "", 1)
+        with Job(tmp_path / "job", {}) as job:
+            return recovery._Recovery(source, found, request, request.gate, tmp_path / "x.gguf", model, chunks, SETTINGS, job).max_bytes
+
+    assert max_bytes(smallest, by_kld) is None
+    assert max_bytes(resolved, sized) == 30_000
 
 
 def test_a_size_is_a_promise(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:

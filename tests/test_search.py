@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from tiny_llama import write_tiny_llama
 
-from loopgguf import search
+from loopgguf import search, workflow
 from loopgguf.architectures import tensor_role
+from loopgguf.checkpoint import SEARCH, Job, job_folder
 from loopgguf.container import read_gguf
-from loopgguf.errors import UsageError
+from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import Basis, ErrorRow, ErrorTable, TypeDamage
 from loopgguf.evaluation import Measure
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
-from loopgguf.intent import GATE_BYTES, Search
+from loopgguf.intent import GATE_BYTES, Search, resolve
+from loopgguf.planner import TypeRules, parse_overrides, plan_size
+from loopgguf.protection import NOTHING_FOUND, Protection
 from loopgguf.search import tilted
+from loopgguf.source import open_source
+from loopgguf.super_weights import Mask, Spike, SuperWeight
 from loopgguf.workflow import QuantizeRequest, Settings, quantize
 
 SETTINGS = Settings(n_threads=1)
@@ -104,6 +111,100 @@ def test_a_real_search_ends(model: Path, request_: QuantizeRequest, tmp_path: Pa
     assert any(note.startswith("search: ") and "swaps tried" in note for note in result.notes)
 
 
+def test_trials_lie_in_the_job_folder(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches trials above the current folder when no output is named, in a folder that is not there yet, and those of a killed run."""
+    judge(monkeypatch, UNSURE)
+    places: list[Path] = []
+    write = search._Search._write
+
+    def watched(self: search._Search, *arguments: object) -> object:
+        file = write(self, *arguments)  # type: ignore[arg-type]
+        places.append(file.path.absolute())
+        return file
+
+    monkeypatch.setattr(search._Search, "_write", watched)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    quantize(model, None, request_, SETTINGS)
+    output = tmp_path / "new" / "out.gguf"
+    with monkeypatch.context() as patch:
+
+        def killed(*_: object) -> NoReturn:
+            patch.setattr(search.shutil, "rmtree", lambda *_arguments, **_more: None)
+            raise KeyboardInterrupt
+
+        patch.setattr(search._Search, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, output, request_, SETTINGS)
+    assert (job_folder(output) / SEARCH / "work" / "0.gguf").exists()
+    quantize(model, output, request_, SETTINGS)
+    assert {place.parents[3] for place in places} == {tmp_path / "cwd", tmp_path / "new"}
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+
+
+def test_a_plan_that_was_found_is_not_searched_again(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run stopped after its search that searches anew, finds another plan in other minutes, and refuses its own job; and a
+    stop in the search that says that something is kept."""
+    output, judged = tmp_path / "out.gguf", judge(monkeypatch, BETTER)
+    monkeypatch.setattr(search._Search, "_swaps", lambda self: iter([("attn_q", 64.0)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(search._Search, "_difference", lambda self, *_: (setattr(self.job, "should_stop", True), self._progress("", 0, 1)))
+        with pytest.raises(Interrupted, match=r"at swap 1 .* searches anew"):
+            quantize(model, output, request_, SETTINGS)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "publish", _raise(Interrupted("while it is written")))
+        with pytest.raises(Interrupted, match="while it is written"):
+            quantize(model, output, request_, SETTINGS)
+    n_judged = len(judged)
+    result = quantize(model, output, request_, SETTINGS)
+    assert len(judged) == n_judged > 0
+    assert any("1 kept" in note for note in result.notes)
+    assert result.plan.intent.endswith("searched")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+
+
+def _raise(error: BaseException) -> Callable[..., NoReturn]:
+    def raising(*_arguments: object, **_more: object) -> NoReturn:
+        raise error
+
+    return raising
+
+
+def test_no_swap_takes_the_type_of_a_super_weight(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a search whose plans forget what protection raised, or lower what keeps a super weight, beside a rule of the user's."""
+    source = open_source(model)
+    rules = TypeRules(parse_overrides(["ffn_up=Q5_0"]))
+    request = replace(request_, rules=rules)
+    resolved = resolve(source, request, SETTINGS)
+    names = ("blk.0.ffn_down.weight", "blk.0.ffn_up.weight")
+    weights = tuple(SuperWeight(name, None, 0, Spike(0, 0, 1.0, 9.0, 9.0, 9.0, 9.0, 1.0), 0, 1.0) for name in names)
+    found = replace(NOTHING_FOUND, weights=weights)
+    searched = replace(resolved, protection=Protection(found, Mask({}, 1e-4)))
+    monkeypatch.setattr(search._Search, "_write", lambda *_: None)
+    with Job(tmp_path / "job", {}) as job:
+        tried = search._Search(source, searched, resolved.sized, request, model, np.zeros((12, 8), np.int32), SETTINGS, job)
+    free = {request.tensor.name for request in tried.problem.requests}
+    assert free.isdisjoint(names)
+    assert "blk.0.ffn_gate.weight" in free
+    planned = {row.name: row.type for row in resolved.plan.rows}
+    plan = plan_size(tried.problem, tilted(tried.table, {"attn_q": 64.0}), SIZE, tried._file_bytes).plan
+    assert {row.name: row.type for row in plan.rows if row.name in names} == {name: planned[name] for name in names}
+
+
+def test_names_of_many_texts_do_not_exceed_the_size(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a size that the names of the selection texts exceed, though the plan has it."""
+    assert request_.search is not None
+    text = Path(request_.search.files[0]).read_text(encoding="utf-8")
+    files = [tmp_path / f"{number}{'x' * 200}.txt" for number in range(6)]
+    for number, file in enumerate(files):
+        file.write_text(text[1000 * number : 1000 * (number + 1)], encoding="utf-8")
+    judge(monkeypatch, UNSURE)
+    result = quantize(model, tmp_path / "out.gguf", replace(request_, search=Search(1e-9, tuple(files))), SETTINGS)
+    assert result.total_bytes == (tmp_path / "out.gguf").stat().st_size <= SIZE
+    assert read_gguf(tmp_path / "out.gguf").metadata["loopgguf.selection.dataset"].data == f"{files[0].name}, {files[1].name}, and 4 more"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -116,6 +217,21 @@ def test_requests_that_contradict_themselves(model: Path, request_: QuantizeRequ
     with pytest.raises(UsageError, match=said):
         quantize(model, tmp_path / "out.gguf", replace(request_, **change), SETTINGS)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_that_it_searches_nothing(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a dry run whose types are taken for those that a search ends with, one that searches, and one that throws away a
+    plan that was found for a file that is still to be written."""
+    judge(monkeypatch, UNSURE)
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "publish", _raise(Interrupted("while it is written")))
+        with pytest.raises(Interrupted, match="while it is written"):
+            quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    found = job_folder(tmp_path / "out.gguf") / SEARCH / "shards" / "plan.json"
+    assert found.exists()
+    result = quantize(model, tmp_path / "out.gguf", replace(request_, dry_run=True), SETTINGS)
+    assert [note for note in result.notes if note.startswith("search: ")] == ["search: a dry run measures nothing; types may be swapped within the same size"]
+    assert found.exists()
 
 
 def test_too_little_text(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:

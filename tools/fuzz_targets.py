@@ -25,7 +25,7 @@ import yaml
 from mutations import Field, mutate_bytes, mutate_fields, mutate_tree, pack, spell_json
 
 from loopgguf import architectures, container, corpus, documents, grams, planfile, profile, safetensor, statistics, tasks, vocabulary
-from loopgguf.corpus import read_text
+from loopgguf.corpus import find_parts, read_rows, read_text
 from loopgguf.errors import LoopggufError
 from loopgguf.formats import GgmlType, tensor_bytes
 from loopgguf.planner import Plan, PlanRow
@@ -394,10 +394,10 @@ def _calibration_seeds() -> list[Seed]:
 
 
 def _parse_calibration(path: Path) -> None:
-    (part,), _ = corpus.find_parts([path])
+    (part,), _ = find_parts([path])
     if part.is_text:
         read_text(part, Counter())
-    for _ in () if part.is_text else corpus.read_rows(part, Counter()):
+    for _ in () if part.is_text else read_rows(part, Counter()):
         pass
 
 
