@@ -160,7 +160,7 @@ def _check_lines(result: WriteResult) -> list[str]:
     if result.gate is not None:
         gate = result.gate
         reading = next(step.after for step in reversed(gate.steps) if step.is_better)
-        lines.append(f"quality gate passed in {len(gate.steps)} files: {reading}; {gate.gate} on {gate.n_scored:,} scored tokens of {', '.join(gate.texts)}")
+        lines.append(f"quality gate passed by file {len(gate.steps)}: {reading}; {gate.gate} on {gate.n_scored:,} scored tokens of {', '.join(gate.texts)}")
     return [*lines, *([result.collapse.verdict] if result.collapse is not None else [])]
 
 

@@ -172,7 +172,8 @@ class _Search:
             self._try(kind, factor, len(self.swaps))
         n_kept = sum(swap.is_kept for swap in self.swaps)
         if not n_kept:
-            self.verdict = f"search: {len(self.swaps)} swaps tried, none is better than the plan"
+            n = len(self.swaps)
+            self.verdict = f"search: {n} swaps tried, none is better than the plan" if n else "search: no swap was tried, the time was up before"
             return self.first.plan
         difference = self._difference(self.best, self.first, self.unseen)
         is_better = _is_certain(difference)
