@@ -173,7 +173,7 @@ class _Search:
         n_kept = sum(swap.is_kept for swap in self.swaps)
         if not n_kept:
             n = len(self.swaps)
-            self.verdict = f"search: {n} swaps tried, none is better than the plan" if n else "search: no swap was tried, the time was up before"
+            self.verdict = f"search: {n} swaps tried, none is better than the plan" if n else "search: no swap changed the plan before the time was up"
             return self.first.plan
         difference = self._difference(self.best, self.first, self.unseen)
         is_better = _is_certain(difference)
