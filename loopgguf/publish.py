@@ -41,7 +41,7 @@ from loopgguf.planfile import imatrix_digest
 from loopgguf.planner import OUTPUT, Plan, PlanRow
 from loopgguf.protection import Protection, flat_row
 from loopgguf.report import names_text
-from loopgguf.source import Source, Tensor, refuse_changed
+from loopgguf.source import Source, Tensor, open_source, refuse_changed
 from loopgguf.splits import tokens_sha256
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
@@ -56,6 +56,13 @@ class Reuse:
 
     tensors: Mapping[str, Tensor]
     logs: Mapping[str, TensorLog]
+
+    @classmethod
+    def of(cls, result: WriteResult, path: Path, plan: Plan) -> Reuse:
+        """Return the tensors of a published file, which goes by the name `path` now, that another plan leaves as they are."""
+        types = {row.name: row.type for row in plan.rows}
+        kept = {row.name for row in result.plan.rows if row.is_encoded and types[row.name] is row.type}
+        return cls({tensor.name: tensor for tensor in open_source(path).tensors if tensor.name in kept}, result.logs)
 
     @property
     def kept_logs(self) -> dict[str, TensorLog]:

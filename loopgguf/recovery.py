@@ -32,7 +32,7 @@ from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
 from loopgguf.planner import Plan, free_requests, measured_types, with_type
 from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, total_bytes
-from loopgguf.source import Source, open_source
+from loopgguf.source import Source
 from loopgguf.splits import refuse_shared
 
 SELECTION_CTX = 512
@@ -218,12 +218,6 @@ class _Recovery:
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"interrupted at file {len(self.steps) + 1} of the gate; the same command begins with the first again, and replaces {self.aside}")
 
-    def _reuse(self, plan: Plan) -> Reuse:
-        """Return the tensors of the best file that the plan leaves as they are."""
-        types = {row.name: row.type for row in plan.rows}
-        kept = {row.name for row in self.plan.rows if row.is_encoded and types[row.name] is row.type}
-        return Reuse({tensor.name: tensor for tensor in open_source(self.aside).tensors if tensor.name in kept}, self.result.logs)
-
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     def _add_feedback(self, order: Order) -> Order:
@@ -250,7 +244,7 @@ class _Recovery:
             if not self.fits(order):
                 self.is_stopped_by_size = True
                 return
-            self.attempt(f"{what} for {len(changed)} tensors, {changed[0]} first", replace(order, reuse=self._reuse(plan)))
+            self.attempt(f"{what} for {len(changed)} tensors, {changed[0]} first", replace(order, reuse=Reuse.of(self.result, self.aside, plan)))
 
     def _raised(self, order: Order, allowed: TypeFilter) -> Plan | None:
         """Return the plan of an order with the worst tensors raised; None where none may be, or fits."""

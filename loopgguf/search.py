@@ -34,7 +34,7 @@ from loopgguf.planner import Plan, SizedPlan, SizeProblem, plan_size, size_probl
 from loopgguf.profile import load_profile
 from loopgguf.publish import Reuse, publish, total_bytes
 from loopgguf.recovery import selection_chunks
-from loopgguf.source import Source, open_source
+from loopgguf.source import Source
 from loopgguf.splits import tokens_sha256
 
 SEARCH_CTX = 256
@@ -86,11 +86,14 @@ class Swap:
 
 @dataclass(frozen=True)
 class _File:
-    """A plan that was written, and its file."""
+    """A written file, and what came of writing it."""
 
-    plan: Plan
     path: Path
     result: WriteResult
+
+    @property
+    def plan(self) -> Plan:
+        return self.result.plan
 
 
 def search_plan(source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, folder: Path) -> Resolved:
@@ -237,16 +240,12 @@ class _Search:
 
     def _write(self, plan: Plan, like: _File | None) -> _File:
         """Write a plan with plain encoders, taking over what it shares with a file."""
-        reuse = None
-        if like is not None:
-            types = _types(plan)
-            kept = {row.name for row in like.plan.rows if row.is_encoded and types[row.name] == row.type.name}
-            reuse = Reuse({tensor.name: tensor for tensor in open_source(like.path).tensors if tensor.name in kept}, like.result.logs)
+        reuse = Reuse.of(like.result, like.path, plan) if like is not None else None
         order = replace(self.resolved.order(self.request), plan=plan, compensate=Compensate.OFF, reuse=reuse)
         path = self.job.work / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
         settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False)
         try:
-            return _File(plan, path, publish(self.source, order, path, settings, ()))
+            return _File(path, publish(self.source, order, path, settings, ()))
         except Interrupted:
             raise self._interrupted() from None
 

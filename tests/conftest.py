@@ -64,6 +64,16 @@ def smollm2_wide(request: pytest.FixtureRequest) -> Path:
     return _real_model(request.config, widen=True)
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two texts of random letters, in which no run of one occurs in the other."""
+    folder, found = tmp_path_factory.mktemp("texts"), {}
+    for seed, name in enumerate(("calibration", "selection")):
+        found[name] = folder / f"{name}.txt"
+        found[name].write_text("".join(np.random.default_rng(seed).choice([*"abcde fghij"], 6000)), encoding="utf-8")
+    return found
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run the command line in an empty folder with an empty cache."""

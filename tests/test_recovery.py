@@ -39,16 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two texts of random letters, in which no run of one occurs in the other."""
-    folder, found = tmp_path_factory.mktemp("texts"), {}
-    for seed, name in enumerate(("calibration", "selection")):
-        found[name] = folder / f"{name}.txt"
-        found[name].write_text("".join(np.random.default_rng(seed).choice([*"abcde fghij"], 6000)), encoding="utf-8")
-    return found
-
-
 @pytest.fixture
 def request_(texts: dict[str, Path]) -> QuantizeRequest:
     return QuantizeRequest(

@@ -43,13 +43,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def request_(tmp_path_factory: pytest.TempPathFactory) -> QuantizeRequest:
-    """A size between the types, with two texts of random letters in which no run of one occurs in the other."""
-    folder = tmp_path_factory.mktemp("texts")
-    for seed, name in enumerate(("calibration", "selection")):
-        (folder / f"{name}.txt").write_text("".join(np.random.default_rng(seed).choice([*"abcde fghij"], 6000)), encoding="utf-8")
-    calibration = ImatrixRequest((folder / "calibration.txt",), ctx_size=64, n_samples=40)
-    return QuantizeRequest(size_bytes=SIZE, use_imatrix=False, calibration=calibration, search=Search(10, (folder / "selection.txt",)))
+def request_(texts: dict[str, Path]) -> QuantizeRequest:
+    """A size between the types."""
+    calibration = ImatrixRequest((texts["calibration"],), ctx_size=64, n_samples=40)
+    return QuantizeRequest(size_bytes=SIZE, use_imatrix=False, calibration=calibration, search=Search(10, (texts["selection"],)))
 
 
 def types_of(path: Path) -> dict[str, GgmlType]:
