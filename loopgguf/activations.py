@@ -43,6 +43,7 @@ GramSink = Callable[[int | None, GramSet, GramSet], None]  # layer (None: what b
 
 MIN_ROWS = 16  # llama-imatrix ignores smaller batches of a plain matmul
 ATTENTION = b"kq_soft_max"  # llama-graph.cpp's name of the node
+SCORE_EVERY = 4  # chunks: what statistics need is done before the head, whose logits only the perplexity looks at
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------------------------
@@ -168,10 +169,16 @@ class _Watcher:
         self.error: BaseException | None = None
         self._computed: tuple[int, int, int] | None = None  # the address of the inputs that were looked at last, their weight's matrices,
         self._slabs: list[tuple[int | None, FloatArray]] = []  # and what they were cut into
+        self._n_seen, self._n_of_whole_graph, self._needs_logits = 0, 0, True  # nodes that were wanted, in this chunk and in one that ran to its end
 
-    def begin_chunk(self, number: int, starts: Sequence[int]) -> None:
-        """What the graph computes from now on is of chunk `number`, whose documents start at `starts`."""
+    def begin_chunk(self, number: int, starts: Sequence[int], *, needs_logits: bool) -> None:
+        """What the graph computes from now on is of chunk `number`, whose documents start at `starts`.
+
+        needs_logits: else the graph ends with the last node that is wanted, once a chunk has shown which that is.
+        """
         self._computed, self._slabs = None, []
+        self._n_of_whole_graph = self._n_of_whole_graph or self._n_seen
+        self._n_seen, self._needs_logits = 0, needs_logits
         self.audience.begin_chunk(number, starts)
 
     def __call__(self, address: int, ask: bool) -> bool:
@@ -180,10 +187,11 @@ class _Watcher:
             if ask:
                 return self.wants(node)
             self.collect(node)
+            self._n_seen += 1
         except BaseException as error:  # noqa: BLE001  (raised again in `collect_from_gguf`; Ctrl-C arrives here too)
             self.error = self.error or error
             return False
-        return True
+        return self._needs_logits or self._n_seen != self._n_of_whole_graph
 
     def wants(self, node: GgmlTensor) -> bool:
         """Tell whether llama-imatrix would collect the input of this node, or it is attention that somebody wants."""
@@ -203,6 +211,7 @@ class _Watcher:
         if self._computed == (node.src[1], weight.ne[2], weight.ne[3]) and not self.audience.wants_output(name):
             for matrix, slab in self._slabs:  # k and v after q: their input is there already, so the graph need not stop once more
                 self.audience.add(name, matrix, slab)
+            self._n_seen += 1
             return False
         return True
 
@@ -296,6 +305,7 @@ def collect_from_gguf(
     edits: Sequence[WeightEdit] = (),
     losses: list[NDArray[np.float64]] | None = None,
     on_chunk: Callable[[int], None] | None = None,
+    score_every: int = 1,
 ) -> PassResult:
     """Return the perplexity of running chunks (n_chunks, n_ctx) int32 through a GGUF that `container.read_shards` has passed.
 
@@ -305,7 +315,8 @@ def collect_from_gguf(
     stays inside them (a recurrent model has no way to: None). wants: only weights of which it is true. edits: weights of
     the feed-forward network changed for the time of the pass, with their `original` values. losses: of the
     chunks that are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each,
-    which is how a job is resumed. Raises InputError when llama.cpp cannot run the model or something is not finite.
+    which is how a job is resumed. score_every: take the losses of every so many-th chunk alone, and spare the others the head,
+    a tenth of the work or more. Raises InputError when llama.cpp cannot run the model or something is not finite.
     """
     n_chunks, n_ctx = chunks.shape
     first = first_scored(n_ctx)
@@ -316,23 +327,26 @@ def collect_from_gguf(
     losses = [] if losses is None else losses
     meter = Meter(progress, PHASE, chunks.size, n_chunks)
     meter.reach(len(losses))
-    running = _RunningLoss(losses, scored_targets(chunks, documents))
+    is_scored = scored_targets(chunks, documents) & (np.arange(n_chunks) % score_every == 0)[:, None]
+    running = _RunningLoss(losses, is_scored)
     with ExitStack() as stack:
         model = stack.enter_context(Model(path))
         assert documents is None or not model.is_recurrent
         context = stack.enter_context(Context(model, n_ctx, n_threads=n_threads, n_sequences=max(map(len, starts)), callback=watcher))
         pool = stack.enter_context(ThreadPoolExecutor(n_threads))
         for i in range(len(losses), n_chunks):
-            watcher.begin_chunk(i, starts[i])
+            needs_logits = i % score_every == 0
+            watcher.begin_chunk(i, starts[i], needs_logits=needs_logits)
             logits = context.decode(chunks[i], sequences=starts[i])
             if watcher.error is not None:
                 raise watcher.error
-            losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], chunks[i, first + 1 :]))
+            targets = chunks[i, first + 1 :]
+            losses.append(_score(pool, n_threads, logits[first : n_ctx - 1], targets) if needs_logits else np.zeros(len(targets)))
             running.count(i)
             if on_chunk is not None:
                 on_chunk(i)
             meter.step(perplexity=running.perplexity)
-    return summarize_pass(np.stack(losses)[running.is_scored])
+    return summarize_pass(np.stack(losses)[is_scored])
 
 
 # --- Gram matrices ------------------------------------------------------------------------------------------------------
@@ -382,6 +396,7 @@ def collect_grams_from_gguf(
             progress=counted,
             process_output=process_output,
             wants=None if number == 0 else is_of_block,
+            score_every=SCORE_EVERY,
         )
         result = result or once
         for layer in block:

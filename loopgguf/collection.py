@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from loopgguf.accumulators import EMBEDDING, Accumulator
 from loopgguf.activations import (
+    SCORE_EVERY,
     collect_from_checkpoint,
     collect_from_gguf,
     collect_grams_from_checkpoint,
@@ -115,6 +116,7 @@ def run_gguf(path: Path, chunks: TokenArray, collectors: Mapping[str, Collector]
         progress=how.progress,
         losses=losses,
         on_chunk=on_chunk,
+        score_every=SCORE_EVERY,
     )
 
 

@@ -15,6 +15,7 @@ from loopgguf import ggml
 from loopgguf.accumulators import ColumnSums, HoldoutSplit, Spikes
 from loopgguf.activations import (
     GgmlTensor,
+    _Watcher,
     collect_from_checkpoint,
     collect_from_gguf,
     collect_grams_from_checkpoint,
@@ -450,6 +451,38 @@ def test_a_pass_goes_on_where_it_stopped(demo_gguf: Path, chunks: np.ndarray):
     assert collect_from_gguf(demo_gguf, chunks, [second], n_threads=THREADS, losses=begun) == result
     for name, c in whole.columns().items():
         assert (second.columns()[name].sum_squares == c.sum_squares).all()
+
+
+@pytest.mark.parametrize("weights", [None, ("blk.5.attn_q.weight", "blk.5.attn_k.weight")])
+def test_a_chunk_without_a_score_ends_with_the_last_weight(
+    demo_gguf: Path, chunks: np.ndarray, monkeypatch: pytest.MonkeyPatch, weights: tuple[str, ...] | None
+):
+    """Catches a graph that ends before a weight was seen (attn_k takes attn_q's inputs without a stop of its own), one that runs on to the
+    head for nobody, and perplexities of logits that were never computed."""
+    asked: list[int] = []  # nodes of each chunk's graph
+    begin_chunk, wanted = _Watcher.begin_chunk, _Watcher.wants
+
+    def begin(self: _Watcher, *args: object, **how: object) -> None:
+        asked.append(0)
+        begin_chunk(self, *args, **how)
+
+    def count(self: _Watcher, node: object) -> bool:
+        asked[-1] += 1
+        return wanted(self, node)
+
+    monkeypatch.setattr(_Watcher, "begin_chunk", begin)
+    monkeypatch.setattr(_Watcher, "wants", count)
+    how = {"n_threads": THREADS, "wants": None if weights is None else weights.__contains__}
+    sums, losses = (ColumnSums(), ColumnSums()), ([], [])
+    collect_from_gguf(demo_gguf, chunks, [sums[0]], losses=losses[0], **how)
+    result = collect_from_gguf(demo_gguf, chunks, [sums[1]], losses=losses[1], score_every=3, **how)
+    whole = asked[0]
+    assert asked == [*[whole] * 5, asked[5], asked[5], whole]
+    assert (asked[5] < whole) == (weights is None)
+    assert (losses[0][0] == losses[1][0]).all() and (losses[0][3] == losses[1][3]).all()
+    assert result.perplexity == pytest.approx(np.exp(np.concatenate([losses[0][0], losses[0][3]]).mean()))
+    for name, c in sums[0].columns().items():
+        assert (sums[1].columns()[name].sum_squares == c.sum_squares).all() and (sums[1].columns()[name].counts == c.counts).all()
 
 
 @pytest.mark.slow

@@ -216,10 +216,10 @@ def test_gguf_matrices_are_written_and_a_stop_says_that_nothing_is_kept(demo_ggu
 @pytest.mark.parametrize("documents", [None, np.arange(5 * 32, dtype=np.int32).reshape(5, 32) % 32 // 11])
 def test_gguf_pass_is_the_same_with_and_without_a_job(demo_gguf: Path, tmp_path: Path, documents: np.ndarray | None):
     """Catches a job that changes what it only keeps, or that forgets the documents."""
-    from loopgguf.activations import collect_from_gguf
+    from loopgguf.activations import SCORE_EVERY, collect_from_gguf
 
     plain, found = collectors(), collectors()
-    expected = collect_from_gguf(demo_gguf, CHUNKS, list(plain.values()), n_threads=2, documents=documents)
+    expected = collect_from_gguf(demo_gguf, CHUNKS, list(plain.values()), n_threads=2, documents=documents, score_every=SCORE_EVERY)
     with Job(tmp_path / "job", FINGERPRINT) as job:
         assert run_gguf(demo_gguf, CHUNKS, found, job, Pass(n_threads=2, documents=documents), save_seconds=0) == expected
     assert states(found) == states(plain)

@@ -2,8 +2,9 @@
 
     python tools/bench_imatrix.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--samples 32] [--ctx-size 512] [--rounds 5] [--threads N]
 
-llama.cpp: a bare `llama_decode` that computes the logits of all tokens, and the imatrix pass that sums Σx² beside it,
-A B A B …, same chunks, batch and threads; the figure is the median of the rounds' ratios, the bar 0.95. Torch: the pass
+llama.cpp: a bare `llama_decode` that computes the logits of all tokens, and the imatrix pass that sums Σx², as `loopgguf
+imatrix` runs it (the head only for every fourth chunk, whose perplexity is shown), A B A B …, same chunks, batch and
+threads; the figure is the median of the rounds' ratios, the bar 0.95. Torch: the pass
 over a checkpoint folder with Σx² alone, with Gram matrices, and with gradients, once each. llama.cpp runs the folder's
 conversion to BF16. The machine's load is printed: on a busy machine wall-clock ratios say little; `CPU`, the ratio of
 processor times, then tells more, though not what waiting for threads to wake costs.
@@ -23,7 +24,7 @@ import models
 import numpy as np
 
 from loopgguf.accumulators import ColumnSums, split_holdout
-from loopgguf.activations import collect_from_checkpoint, collect_from_gguf, collect_grams_from_checkpoint
+from loopgguf.activations import SCORE_EVERY, collect_from_checkpoint, collect_from_gguf, collect_grams_from_checkpoint
 from loopgguf.calibration import load_chunks
 from loopgguf.errors import LoopggufError
 from loopgguf.llama import Context, Model
@@ -58,7 +59,7 @@ def bench_llama(gguf: Path, tokens: np.ndarray, n_rounds: int, n_threads: int) -
     rounds = []
     for number in range(n_rounds):
         bare, bare_cpu = seconds(lambda: decode_bare(gguf, tokens, n_threads))
-        collected, collected_cpu = seconds(lambda: collect_from_gguf(gguf, tokens, [ColumnSums()], n_threads=n_threads))
+        collected, collected_cpu = seconds(lambda: collect_from_gguf(gguf, tokens, [ColumnSums()], n_threads=n_threads, score_every=SCORE_EVERY))
         rounds.append((tokens.size / bare, tokens.size / collected, bare / collected, bare_cpu / collected_cpu))
         print(f"{number + 1:>6} {rounds[-1][0]:>12.1f} {rounds[-1][1]:>14.1f} {rounds[-1][2]:>7.3f} {rounds[-1][3]:>7.3f}", flush=True)
     of_bare, of_collected, ratio, of_cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
