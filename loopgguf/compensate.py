@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from loopgguf.rounding import Rounding
 
 FloatArray = NDArray[np.float32]
-Matrix = NDArray[np.float64]
+Matrix = NDArray[np.floating[Any]]
 
 COLUMN_BLOCK = 256  # columns encoded at once, a super-block; 32-wide types are fed back after each 32
 ROW_BLOCK = 32  # rows encoded at once when errors are handed from row to row
+SLAB_ROWS = 256  # of a product that nothing else depends on: bounds its memory
 
 Encode = Callable[[FloatArray, int], tuple[ggml.ByteArray, FloatArray]]
 """(rows (n, width) float32, first column) → the packed rows (n, bytes) and what they decode to, (n, width) float32."""
@@ -48,30 +49,39 @@ class Damping:
 
 
 def damped(H: Matrix, damping: Damping) -> Matrix:
-    """Return H (n, n) made safe to invert; dead columns (zero diagonal) get the mean of the others."""
+    """Return H (n, n) made safe to invert, in its own precision; dead columns (zero diagonal) get the mean of the others."""
     diagonal = np.diag(H)
-    mean = float(diagonal.mean()) or 1.0
-    result = H * (1 - damping.amount) if damping.to_diagonal else H.copy()
+    mean = _mean_diagonal(H) or 1.0
+    result = H * H.dtype.type(1 - damping.amount) if damping.to_diagonal else H.copy()
     added = damping.amount * diagonal if damping.to_diagonal else np.full(len(H), damping.amount * mean)
     result[np.diag_indices(len(H))] += np.where(diagonal > 0, added, mean)
     return result
 
 
-def feedback_factor(H: Matrix) -> Matrix:
-    """Return U (n, n), upper triangular, with H⁻¹ = Uᵀ U, for a positive definite H.
+def _mean_diagonal(H: Matrix) -> float:
+    return float(np.diag(H).mean(dtype=np.float64))
 
-    H = R Rᵀ with R upper (a Cholesky factor of the matrix read backwards), and U = R⁻¹: one triangular inversion
-    instead of an inverse and a second factorization. Raises numpy.linalg.LinAlgError when H is not positive definite.
+
+def feedback_factor(H: Matrix) -> NDArray[np.float64]:
+    """Return U (n, n) float64, upper triangular, with H⁻¹ = Uᵀ U, for a positive definite H.
+
+    H read backwards is L Lᵀ, and U is L⁻¹ read backwards: one triangular inversion instead of an inverse and a second
+    factorization, both in the one buffer that is returned. Double precision, because a few channels hold nearly all of H.
+    Raises numpy.linalg.LinAlgError when H is not positive definite.
     """
-    R = np.ascontiguousarray(linalg.cholesky(H[::-1, ::-1], lower=True)[::-1, ::-1])
-    inverse, info = linalg.lapack.dtrtri(R, lower=0)
+    L, info = linalg.lapack.dpotrf(np.array(H[::-1, ::-1], np.float64, order="F"), lower=1, overwrite_a=1)
+    if info:
+        raise np.linalg.LinAlgError(f"not positive definite in row {info}")
+    inverse, info = linalg.lapack.dtrtri(L, lower=1, overwrite_c=1)
     assert info == 0, info
-    return np.asarray(np.triu(inverse))
+    return np.asarray(inverse[::-1, ::-1])
 
 
-def _carry(U: Matrix, start: int, stop: int) -> Matrix:
-    """Return the matrix (stop − start, n − stop) that turns a block's error into the change of what comes after it."""
-    return np.asarray(linalg.solve_triangular(U[start:stop, start:stop], U[start:stop, stop:], lower=False))
+def _carries(U: NDArray[np.float64], width: int) -> list[FloatArray]:
+    """Return, for each block of `width` columns, the matrix (width, n − stop) float32 that turns its error into the change
+    of what comes after it."""
+    blocks = [slice(start, min(start + width, len(U))) for start in range(0, len(U), width)]
+    return [linalg.solve_triangular(U[b, b], U[b, b.stop :], lower=False).astype(np.float32) for b in blocks]
 
 
 def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None) -> Encode:
@@ -105,14 +115,14 @@ class Columns:
 
     def __init__(self, H: Matrix, width: int, grid: Grid | None = None, max_sweeps: int = 0) -> None:
         self.width, self.max_sweeps = width, max_sweeps
-        U, starts = feedback_factor(H), range(0, len(H), width)
-        self._carries = [_carry(U, start, start + width).astype(np.float32) for start in starts]
+        U = feedback_factor(H)
+        self._carries = _carries(U, width)
         self.rounding: Rounding | None = None
         if max_sweeps and grid is not None:
             from loopgguf.rounding import Rounding  # here, because numba takes its time to be imported
 
             self.rounding = Rounding(grid, H)
-            self._factors = [np.ascontiguousarray(U[start : start + width, start : start + width]) for start in starts]
+            self._factors = [np.ascontiguousarray(U[start : start + width, start : start + width]) for start in range(0, len(H), width)]
 
     def encode(self, W: FloatArray, encode: Encode, out: ggml.ByteArray) -> FloatArray:
         """Encode W (n, n_in) block by block into `out` (n, row bytes); return what it decodes to, (n, n_in) float32."""
@@ -128,9 +138,12 @@ class Columns:
             target[:, columns.stop :] += (decoded[:, columns] - target[:, columns]) @ carry
         if self.rounding is None:
             return decoded
-        G = (decoded - W).astype(np.float64) @ self.rounding.H
-        out[:], _ = self.rounding.descend(out, G, np.eye(len(W)), self.max_sweeps)
-        return self.rounding.decode(out)
+        for start in range(0, len(W), SLAB_ROWS):
+            rows = slice(start, start + SLAB_ROWS)
+            G = (decoded[rows] - W[rows]) @ self.rounding.H
+            out[rows], _ = self.rounding.descend(out[rows], G, np.eye(len(G), dtype=np.float32), self.max_sweeps)
+            decoded[rows] = self.rounding.decode(out[rows])
+        return decoded
 
 
 def compensate(
@@ -155,13 +168,13 @@ def compensate(
     packed = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8)
     if H_O is None:
         return packed, columns.encode(W, encode, packed)
-    U = feedback_factor(H_O)
     target, decoded = W.astype(np.float32), np.empty_like(W)
-    for start in range(0, n_out, ROW_BLOCK):
+    for start, carry in zip(range(0, n_out, ROW_BLOCK), _carries(feedback_factor(H_O), ROW_BLOCK), strict=True):
         stop = min(start + ROW_BLOCK, n_out)
         encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, start, stop), W[start:stop])
         decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
-        target[stop:] += _carry(U, start, stop).astype(np.float32).T @ (decoded[start:stop] - target[start:stop])
+        target[stop:] += carry.T @ (decoded[start:stop] - target[start:stop])
+    del target
     if columns.rounding is not None:
         _descend_both(W, packed, decoded, columns.rounding, H_O, max_sweeps)
     return packed, decoded
@@ -170,16 +183,17 @@ def compensate(
 def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, max_sweeps: int) -> None:
     """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place.
 
-    The gradient is computed afresh for each block of rows, so single precision, twice as fast, is enough for it.
+    The gradient is computed afresh for each block of rows, so single precision is enough for it.
     """
-    coupling, H = H_O.astype(np.float32), rounding.H.astype(np.float32)
+    E, coupling = decoded - W, H_O.astype(np.float32, copy=False)
     for _ in range(max_sweeps):
         n_moves = 0
         for start in range(0, len(W), ROW_BLOCK):
             rows = slice(start, start + ROW_BLOCK)
-            G = (coupling[rows] @ (decoded - W) @ H).astype(np.float64)
-            packed[rows], n = rounding.descend(packed[rows], G, np.ascontiguousarray(H_O[rows, rows]), 1)
+            G = coupling[rows] @ E @ rounding.H
+            packed[rows], n = rounding.descend(packed[rows], G, np.ascontiguousarray(coupling[rows, rows]), 1)
             decoded[rows] = rounding.decode(packed[rows])
+            E[rows] = decoded[rows] - W[rows]
             n_moves += n
         if n_moves == 0:
             return
@@ -192,31 +206,37 @@ def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, ro
 class LossCurvature:
     """What calibration says about one linear: how much an error in each direction costs.
 
-    H (n_in, n_in) = E[x xᵀ]; H_w the same with each token weighted by its squared gradient, or None without gradients;
-    H_O (n_out, n_out) = E[g gᵀ], or None to leave the rows to themselves; row_curvature (n_out,) = E[g_i²], or None.
-    held_out (n_in, n_in) and held_out_O (n_out, n_out): H_w (without gradients H) and H_O of tokens that took no part in
-    any of these.
+    objective (n_in, n_in): what feedback along the rows minimises, `mixed` from E[x xᵀ] and the same with each token
+    weighted by its squared gradient. H_O (n_out, n_out) = E[g gᵀ], or None to leave the rows to themselves; row_curvature
+    (n_out,) = E[g_i²], or None. held_out (n_in, n_in) and held_out_O (n_out, n_out): the weighted one (without gradients
+    the plain) and H_O of tokens that took no part in any of these. All matrices are float32: they are the most of the memory.
     """
 
-    H: Matrix
+    objective: Matrix
     held_out: Matrix
-    H_w: Matrix | None = None
     H_O: Matrix | None = None
     held_out_O: Matrix | None = None
     row_curvature: NDArray[np.float64] | None = None
-
-    def objective(self) -> Matrix:
-        """Return what feedback along the rows minimises: H_w and H in equal parts, each of mean diagonal 1; H alone
-        without gradients. H alone buys precision on ordinary tokens with errors at the ones that all others attend to."""
-        parts = [M / np.diag(M).mean() for M in (self.H, self.H_w) if M is not None and np.diag(M).mean() > 0]
-        return np.asarray(sum(parts) / len(parts)) if parts else np.eye(len(self.H))
 
     def estimate(self, E: FloatArray) -> float:
         """Return what an encoding's error E (n_out, n_in) costs on held-out tokens: tr(H_O E H Eᵀ), or Σ_i r_i e_iᵀ H e_i
         where nothing is known of how rows go together."""
         if self.held_out_O is None:
             return weighted_error(E, self.held_out, self.row_curvature)
-        return float(np.einsum("ij,ij->", self.held_out_O.astype(np.float32) @ E, E @ self.held_out.astype(np.float32), dtype=np.float64))
+        slabs = [slice(start, start + SLAB_ROWS) for start in range(0, len(E), SLAB_ROWS)]
+        return sum(float(np.einsum("ij,ij->", self.held_out_O[rows] @ E, E[rows] @ self.held_out, dtype=np.float64)) for rows in slabs)
+
+
+def mixed(*parts: Matrix) -> Matrix:
+    """Return the mean of matrices (n, n), each scaled to a mean diagonal of 1; those of zeros are left out.
+
+    H alone buys precision on ordinary tokens with errors at the ones that all others attend to; H_w alone knows few tokens.
+    """
+    used = [M for M in parts if _mean_diagonal(M) > 0]
+    result = np.zeros_like(parts[0]) if used else np.eye(len(parts[0]), dtype=parts[0].dtype)
+    for M in used:
+        result += M * M.dtype.type(1 / (len(used) * _mean_diagonal(M)))
+    return result
 
 
 @dataclass(frozen=True)
@@ -252,7 +272,7 @@ def encode_guarded(
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
-    objective = curvature.objective()
+    objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     ways = {"columns and rows": damped(curvature.H_O, ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
@@ -283,5 +303,6 @@ def _best_damping(
 
 def weighted_error(E: FloatArray, H: Matrix, row_weights: NDArray[np.float64] | None = None) -> float:
     """Return Σ_i r_i e_iᵀ H e_i of an error E (n_out, n_in): what the held-out matrices say of an encoding."""
-    per_row = np.einsum("ij,ij->i", E @ H.astype(np.float32), E, dtype=np.float64)
-    return float(per_row.sum() if row_weights is None else per_row @ row_weights)
+    weights, H = np.ones(len(E)) if row_weights is None else row_weights, H.astype(np.float32, copy=False)
+    slabs = [slice(start, start + SLAB_ROWS) for start in range(0, len(E), SLAB_ROWS)]
+    return sum(float(np.einsum("ij,ij->i", E[rows] @ H, E[rows], dtype=np.float64) @ weights[rows]) for rows in slabs)

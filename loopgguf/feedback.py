@@ -22,7 +22,7 @@ from loopgguf.accumulators import EMBEDDING, split_holdout
 from loopgguf.activations import collect_grams_from_checkpoint, collect_grams_from_gguf
 from loopgguf.architectures import input_group, tensor_role
 from loopgguf.calibration import Chunks
-from loopgguf.compensate import FAST, FULL, Effort, LossCurvature, Matrix
+from loopgguf.compensate import FAST, FULL, Effort, FloatArray, LossCurvature, mixed
 from loopgguf.curvature import Gram, GramSet
 from loopgguf.errors import InputError
 from loopgguf.formats import QUANTIZED_TYPES
@@ -84,7 +84,7 @@ class Feedback:
 
     def _of_embedding(self) -> LossCurvature | None:
         train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
-        return LossCurvature(H=_mean(train), held_out=_mean(holdout)) if holdout is not None and _are_enough(train, holdout) else None
+        return LossCurvature(mixed(train.mean), held_out=holdout.mean) if holdout is not None and _are_enough(train, holdout) else None
 
     def _of_weight(self, row: PlanRow) -> LossCurvature | None:
         key = (input_group(row.name) or row.name, None)
@@ -94,28 +94,27 @@ class Feedback:
         _check_size(gram, row)
         if row.name in self.train.weighted:
             return self._with_gradients(row.name, gram)
-        return LossCurvature(self._with_sink(self.train, row.name, gram), self._with_sink(self.holdout, row.name, held_out))
+        return LossCurvature(mixed(self._with_sink(self.train, row.name, gram)), self._with_sink(self.holdout, row.name, held_out))
 
     def _with_gradients(self, name: str, gram: Gram) -> LossCurvature:
         train, holdout = self.train, self.holdout
         r = train.curvature[name].mean.astype(np.float64)
         has_rows = name in train.outputs
         return LossCurvature(
-            H=_mean(gram),
-            held_out=_mean(holdout.weighted[name]),
-            H_w=_mean(train.weighted[name]),
-            H_O=_mean(train.outputs[name]) if has_rows else None,
-            held_out_O=_mean(holdout.outputs[name]) if has_rows else None,
+            mixed(gram.mean, train.weighted[name].mean),
+            held_out=holdout.weighted[name].mean,
+            H_O=train.outputs[name].mean if has_rows else None,
+            held_out_O=holdout.outputs[name].mean if has_rows else None,
             row_curvature=r / max(float(r.mean()), 1e-30),
         )
 
     @staticmethod
-    def _with_sink(grams: GramSet, name: str, gram: Gram) -> Matrix:
+    def _with_sink(grams: GramSet, name: str, gram: Gram) -> FloatArray:
         """Return H; for keys and values with the first token `SINK`-fold."""
         first = grams.first.get(input_group(name) or name)
         if tensor_role(name).kind not in _SINK_KINDS or first is None:
-            return _mean(gram)
-        return (gram.total.astype(np.float64) + (SINK - 1) * first.outer) / max(gram.n_tokens, 1)
+            return gram.mean
+        return gram.mean + first.outer * np.float32((SINK - 1) / max(gram.n_tokens, 1))
 
     def _of_experts(self, row: PlanRow) -> Callable[[int], LossCurvature | None]:
         """Return what gives an expert's H, shrunk towards that of all experts of its layer as if one more token a column were theirs."""
@@ -127,7 +126,7 @@ class Feedback:
             if train is None or holdout is None or not _are_enough(train, holdout):
                 return None
             _check_size(train, row)
-            return LossCurvature(_shrunk(self.train.inputs.get((group, matrix)), train), _shrunk(self.holdout.inputs.get((group, matrix)), holdout))
+            return LossCurvature(mixed(_shrunk(self.train.inputs.get((group, matrix)), train)), _shrunk(self.holdout.inputs.get((group, matrix)), holdout))
 
         return find
 
@@ -156,11 +155,11 @@ def _shared(grams: GramSet, group: str) -> Gram | None:
     return Gram(np.sum([gram.total for gram in parts], axis=0), sum(gram.n_tokens for gram in parts)) if parts else None
 
 
-def _shrunk(own: Gram | None, shared: Gram) -> Matrix:
+def _shrunk(own: Gram | None, shared: Gram) -> FloatArray:
     if own is None:
-        return _mean(shared)
+        return shared.mean
     n = len(shared.total)
-    return (own.total.astype(np.float64) + n * _mean(shared)) / (own.n_tokens + n)
+    return (own.total + n * shared.mean) / np.float32(own.n_tokens + n)
 
 
 def _are_enough(train: Gram, holdout: Gram) -> bool:
@@ -234,7 +233,3 @@ def run_feedback(
         progress=progress,
         wanted=wanted,
     )
-
-
-def _mean(gram: Gram) -> Matrix:
-    return gram.mean.astype(np.float64)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loopgguf import compensate as compensate_module
 from loopgguf import ggml
-from loopgguf.compensate import ROW_BLOCK, Columns, Damping, LossCurvature, compensate, damped, feedback_factor, weighted_error
+from loopgguf.compensate import ROW_BLOCK, Columns, Damping, LossCurvature, compensate, damped, feedback_factor, mixed, weighted_error
 from loopgguf.formats import GgmlType
 from loopgguf.super_weights import Pin, encode_rows, restore_missed_rows
 
@@ -128,7 +128,7 @@ def test_feedback_that_fails_leaves_the_plain_bytes_and_says_so(monkeypatch: pyt
     W = np.random.default_rng(15).normal(size=(4, 256)).astype(np.float32)
     H, ones = _covariance(256, 16, 300), np.ones(256, np.float32)
     monkeypatch.setattr(compensate_module, "feedback_factor", fail)
-    encoding = compensate_module.encode_guarded(W, GgmlType.Q4_0, ones, compensate_module.LossCurvature(H=H, held_out=H))
+    encoding = compensate_module.encode_guarded(W, GgmlType.Q4_0, ones, compensate_module.LossCurvature(H, held_out=H))
     assert np.array_equal(encoding.packed, ggml.encode_rows(GgmlType.Q4_0, W, ones))
     assert (encoding.way, encoding.damping) == ("plain (feedback failed)", None)
 
@@ -162,7 +162,7 @@ def test_a_pinned_weight_keeps_its_value_and_its_error_is_fed_back(has_rows: boo
     assert abs(decoded[row, column] / W[row, column] - 1) <= 0.01
     assert np.array_equal(ggml.decode_rows(GgmlType.Q4_K, packed), decoded)
     assert np.array_equal(packed[:row], plain[:row]) and np.array_equal(decoded[row, :256], without[row, :256])
-    guarded = compensate_module.encode_guarded(W, GgmlType.Q4_K, importance, LossCurvature(H=H, held_out=H, H_O=H_O), pins={row: Pin((column,))})
+    guarded = compensate_module.encode_guarded(W, GgmlType.Q4_K, importance, LossCurvature(H, held_out=H, H_O=H_O), pins={row: Pin((column,))})
     assert guarded.way != "plain" and abs(ggml.decode_rows(GgmlType.Q4_K, guarded.packed)[row, column] / W[row, column] - 1) <= 0.01
 
 
@@ -195,6 +195,30 @@ def test_damping() -> None:
     H = np.array([[4.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     assert np.allclose(damped(H, Damping(0.5)), [[5, 2, 0], [2, 3, 0], [0, 0, 2]])
     assert np.allclose(damped(H, Damping(0.5, to_diagonal=True)), [[4, 1, 0], [1, 2, 0], [0, 0, 2]])
+
+
+def test_mix() -> None:
+    """Hand-computed: equal parts whatever their scales, one that says nothing left out, and something to go by in any case."""
+    a, b, zeros = np.array([[4.0, 2.0], [2.0, 2.0]]), np.array([[10.0, 0.0], [0.0, 30.0]]), np.zeros((2, 2))
+    assert np.allclose(mixed(a), [[4 / 3, 2 / 3], [2 / 3, 2 / 3]])
+    assert np.allclose(mixed(a, b), [[11 / 12, 1 / 3], [1 / 3, 13 / 12]])
+    assert np.allclose(mixed(a, zeros), mixed(a)) and np.allclose(mixed(zeros), np.eye(2))
+
+
+def test_products_in_slabs_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a slab leaves out or takes twice, of the estimates and of the descents along rows."""
+    W = np.random.default_rng(20).normal(size=(40, 256)).astype(np.float32)
+    H, H_O = _covariance(256, 21, 300), _covariance(40, 22, 60)
+    importance, curvatures = np.diag(H).astype(np.float32), (LossCurvature(H, H), LossCurvature(H, H, H_O, H_O))
+
+    def results() -> tuple[np.ndarray, list[float]]:
+        return compensate(W, GgmlType.Q4_0, H, importance=importance, max_sweeps=2)[0], [c.estimate(W) for c in curvatures]
+
+    packed, whole = results()
+    monkeypatch.setattr(compensate_module, "SLAB_ROWS", 16)
+    same, parts = results()
+    assert np.mean(packed != same) < 1e-3 and np.allclose(whole, parts)  # BLAS may round a product of other shape in another way
+    assert np.isclose(whole[1], np.trace(H_O @ W @ H @ W.T), rtol=1e-4)
 
 
 def test_weighted_error_is_the_trace() -> None:

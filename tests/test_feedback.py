@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loopgguf.architectures import input_group
-from loopgguf.compensate import FAST, FULL
+from loopgguf.compensate import FAST, FULL, mixed
 from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet
 from loopgguf.errors import InputError
 from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, SINK, Compensate, Feedback, stored_feedback
@@ -36,23 +36,24 @@ def test_keys_and_values_weigh_the_first_token_where_no_gradient_does() -> None:
     first = FirstToken(np.full(N, 2.0, np.float32), 1.0)
     half = GramSet(inputs={(GROUP, None): _gram(1.0)}, first={GROUP: first})
     plain, sunk = (_curvature(Feedback(half, half), _row(f"blk.0.{kind}.weight")) for kind in ("attn_q", "attn_v"))
-    assert np.allclose(plain.H, np.eye(N))
-    assert np.allclose(sunk.H, np.eye(N) + (SINK - 1) * 4.0 / ENOUGH)
-    assert np.allclose(sunk.held_out, sunk.H)
+    assert np.allclose(plain.held_out, np.eye(N))
+    assert np.allclose(sunk.held_out, np.eye(N) + (SINK - 1) * 4.0 / ENOUGH)
+    assert np.allclose(plain.objective, mixed(plain.held_out)) and np.allclose(sunk.objective, mixed(sunk.held_out))
 
 
 def test_gradients_go_before_the_sink() -> None:
     """The first token counted twice: by its gradient and by the constant that stands for one."""
     name = "blk.0.attn_k.weight"
+    weighted = Gram((ENOUGH * np.diag(np.arange(1.0, N + 1))).astype(np.float32), ENOUGH)
     half = GramSet(
         inputs={(GROUP, None): _gram(1.0)},
         first={GROUP: FirstToken(np.ones(N, np.float32), 1.0)},
-        weighted={name: _gram(3.0)},
+        weighted={name: weighted},
         outputs={name: _gram(5.0)},
         curvature={name: Curvature(np.arange(1.0, N + 1), ENOUGH)},
     )
     found = _curvature(Feedback(half, half), _row(name))
-    assert np.allclose(found.H, np.eye(N)) and np.allclose(found.H_w, 3 * np.eye(N)) and np.allclose(found.held_out, 3 * np.eye(N))
+    assert np.allclose(found.objective, mixed(np.eye(N), weighted.mean)) and np.allclose(found.held_out, weighted.mean)
     assert np.allclose(found.H_O, 5 * np.eye(N)) and np.isclose(found.row_curvature.mean(), 1.0)
 
 
@@ -63,7 +64,8 @@ def test_experts_are_joined_by_their_layer() -> None:
     half = GramSet(inputs={(group, 0): _gram(1.0), (group, 1): _gram(3.0)})
     shared = 2.0
     for matrix, own in ((0, (1.0 * ENOUGH + shared * N) / (ENOUGH + N)), (1, (3.0 * ENOUGH + shared * N) / (ENOUGH + N)), (2, shared)):
-        assert np.allclose(_curvature(Feedback(half, half), row, matrix).H, own * np.eye(N))
+        found = _curvature(Feedback(half, half), row, matrix)
+        assert np.allclose(found.held_out, own * np.eye(N)) and np.allclose(found.objective, mixed(found.held_out))
 
 
 def test_what_is_left_to_the_plain_encoder() -> None:

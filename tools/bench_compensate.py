@@ -1,65 +1,107 @@
 """How fast error feedback encodes: weights per second by type and effort, the factorizations apart, and the memory they take.
 
-    python tools/bench_compensate.py [--rows 1024] [--columns 4096] [--types Q4_K,Q2_K,IQ2_XXS,IQ3_XXS] [--factor 4096,14336] [--threads N]
+    python tools/bench_compensate.py [--rows 1024] [--columns 4096] [--types Q4_K,Q2_K,IQ2_XXS,IQ3_XXS] [--factor 4096,14336] [--threads N] [--cpu]
 
-Weights are Gaussian, H is that of correlated columns. One thread encodes a tensor, so the workers of a quantization run
-as many tensors side by side; the figures are for one, and the last line says what a 7B model takes on `--threads` of them.
+Weights are Gaussian, H is that of correlated columns. A thread encodes a tensor, so `--threads` of them encode as many side
+by side, as in a quantization; the figures are for all together. The last lines say what a 7B model takes with that.
 Nothing here says anything about quality: see bench_quality.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from loopgguf import ggml
-from loopgguf.compensate import FULL, ROW_DAMPING, Damping, compensate, damped, feedback_factor
+from loopgguf.compensate import FAST, FULL, ROW_DAMPING, Damping, LossCurvature, compensate, damped, encode_guarded, feedback_factor
 from loopgguf.formats import GgmlType
 from loopgguf.opening import default_threads
 
-WEIGHTS_7B = 6_500_000_000  # of a 7B model's linears
+WEIGHTS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # of the linears of Llama 2 7B
+N_PROCESSORS = default_threads()
+FACTORS_7B = 32 * (11 * 4096**3 + 11008**3)  # n³ of what is factorized: H of seven linears, H_O of five
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def clock() -> float:
+    """Return seconds: of the wall, or with `--cpu` of the processors, as if they had been shared out evenly."""
+    return time.process_time() / N_PROCESSORS if "--cpu" in sys.argv else time.perf_counter()
+
+
+def timed(work: Callable[[], object], n_threads: int = 1) -> float:
+    """Return the seconds until as many threads have done the same work side by side."""
+    start = clock()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for future in [pool.submit(work) for _ in range(n_threads)]:
+            future.result()
+    return clock() - start
 
 
 def covariance(n: int, seed: int) -> np.ndarray:
+    """Return a covariance (n, n) float32 of correlated columns of very different size, as activations have."""
     generator = np.random.default_rng(seed)
     X = generator.standard_normal((n // 2, n), np.float32) * np.exp(generator.standard_normal(n, np.float32))
-    return damped((X.T @ X / len(X)).astype(np.float64), Damping(0.1))
+    return damped(X.T @ X / np.float32(len(X)), Damping(0.1))
 
 
-def bench_types(types: list[GgmlType], n_rows: int, n_columns: int) -> dict[str, float]:
-    """Print a line a type; return weights per second with one thread, by type and effort."""
+def bench_factor(n: int, n_threads: int) -> float:
+    """Print and return the seconds that the factorization of an H (n, n) takes."""
+    H = covariance(n, 3)
+    with threadpool_limits(n_threads, "blas"):
+        seconds = timed(lambda: feedback_factor(H))
+    print(f"factorization of {n}: {seconds:.1f} s on {n_threads} threads", flush=True)
+    return seconds
+
+
+def bench_memory(ggml_type: GgmlType, n_rows: int, n_columns: int) -> None:
+    """Print the peak of what numpy holds while a tensor is encoded, its weights and all its matrices included."""
+    tracemalloc.start()
+    W = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
+    H, H_O = covariance(n_columns, 1), covariance(n_rows, 2)
+    curvature, importance = LossCurvature(H, H.copy(), H_O, H_O.copy()), np.diag(H).astype(np.float32)
+    for name, effort in (("fast", FAST), ("full", FULL)):
+        tracemalloc.reset_peak()
+        encode_guarded(W, ggml_type, importance, curvature, effort)
+        _, peak = tracemalloc.get_traced_memory()
+        bound = 4 * W.nbytes + 2.5 * 8 * (n_rows**2 + n_columns**2)
+        print(f"memory of {ggml_type.name} {name}: {peak / 2**20:.0f} MiB; 4 float32 slabs and 2.5 H of either side (8 bytes a number) are {bound / 2**20:.0f}")
+    tracemalloc.stop()
+
+
+def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: int) -> dict[str, float]:
+    """Print a line a type; return weights per second of all threads, by type and effort."""
     W = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
     H, H_O = covariance(n_columns, 1), damped(covariance(n_rows, 2), ROW_DAMPING)
     importance = np.diag(H).astype(np.float32)
-    factors = timed(lambda: (feedback_factor(H), feedback_factor(H_O)))
-    print(f"one thread, {n_rows} × {n_columns}, M weights/s; factorizations of both sides {factors:.1f} s, taken off")
+    factors = timed(lambda: (feedback_factor(H), feedback_factor(H_O)), n_threads)
+    print(f"{n_threads} threads, a tensor {n_rows} × {n_columns} each, M weights/s; factorizations of both sides {factors:.1f} s, taken off")
     print(f"{'type':<9}{'libggml':>10}{'fast':>10}{'full':>10}")
     speeds: dict[str, float] = {}
     for ggml_type in types:
-        ggml.initialize(ggml_type)
-        compensate(W[:32, :256], ggml_type, H[:256, :256], importance=importance[:256], H_O=H_O[:32, :32], max_sweeps=1)  # compiles the loops
         works: dict[str, Callable[[], object]] = {
             "libggml": lambda t=ggml_type: ggml.encode_rows(t, W, importance),
-            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O),
+            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, max_sweeps=FAST.max_sweeps),
             "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, max_sweeps=FULL.max_sweeps),
         }
         for effort, work in works.items():
-            seconds = timed(work) - (factors if effort != "libggml" else 0)
-            speeds[f"{ggml_type.name} {effort}"] = W.size / max(seconds, 1e-3)
+            seconds = timed(work, n_threads) - (factors if effort != "libggml" else 0)
+            speeds[f"{ggml_type.name} {effort}"] = n_threads * W.size / max(seconds, 1e-3)
         print(f"{ggml_type.name:<9}" + "".join(f"{speeds[f'{ggml_type.name} {effort}'] / 1e6:>10.2f}" for effort in works), flush=True)
     return speeds
+
+
+def compile_loops(types: list[GgmlType]) -> None:
+    """Let every type encode a little, so that what comes after measures no compiler."""
+    W, H = np.random.default_rng(0).standard_normal((32, 256), np.float32), covariance(256, 1)
+    for ggml_type in types:
+        ggml.initialize(ggml_type)
+        compensate(W, ggml_type, H, importance=np.ones(256, np.float32), H_O=covariance(32, 2), max_sweeps=1)
 
 
 def main() -> int:
@@ -67,22 +109,23 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--types", default="Q4_0,Q4_K,Q2_K,IQ3_XXS,IQ2_XXS")
-    parser.add_argument("--factor", default="4096", help="sizes of H to factorize, with commas")
+    parser.add_argument("--factor", default="4096", help="sizes of H to factorize, with commas; the last says what a 7B model takes")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--cpu", action="store_true", help="count processor time, on a machine that does other work too")
     options = parser.parse_args()
-    for n in map(int, options.factor.split(",")):
-        H = covariance(n, 3)
-        with threadpool_limits(options.threads, "blas"):
-            print(f"factorization of {n}: {timed(lambda H=H: feedback_factor(H)):.1f} s on {options.threads} threads", flush=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    types, sizes = [GgmlType[name] for name in options.types.split(",")], list(map(int, options.factor.split(",")))
+    compile_loops(types)
+    seconds = [bench_factor(n, options.threads) for n in sizes]
     with threadpool_limits(1, "blas"):
-        speeds = bench_types([GgmlType[name] for name in options.types.split(",")], options.rows, options.columns)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bound = 4 * options.rows * options.columns * 4 + 2.5 * 8 * options.columns**2
-    print(f"memory above the matrices: {(peak - before) / 1024:.0f} MiB; 4 float32 slabs and 2.5 H are {bound / 2**20:.0f} MiB")
+        bench_memory(types[0], options.rows, options.columns)
+        speeds = bench_types(types, options.rows, options.columns, options.threads)
+    factors = FACTORS_7B * seconds[-1] / sizes[-1] ** 3
     for name, speed in speeds.items():
         if not name.endswith("libggml"):
-            print(f"7B as {name}: about {WEIGHTS_7B / speed / options.threads / 60:.0f} min of encoding on {options.threads} threads")
+            effort = FAST if name.endswith("fast") else FULL
+            n_factors = 1 + len(effort.dampings) if len(effort.dampings) > 1 else 1  # of H; that of H_O needs one
+            minutes = (WEIGHTS_7B / speed + n_factors * factors) / 60
+            print(f"7B as {name}: about {minutes:.0f} min on {options.threads} threads, {n_factors * factors / 60:.0f} of them factorizations")
     return 0
 
 
