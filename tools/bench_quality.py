@@ -11,7 +11,8 @@ figure. (Importances of zero are raised a little first, as in every file that lo
 
 KLD is KL(reference ‖ file) in nats a token; ± is one standard error. `--compare A=B` adds, to A's row, the ratio of its
 mean KLD to B's, with the paired standard error over chunks: below 1, A is closer to the reference. `--at-size-of B`
-plans a file no larger than B's and compares the two; with `--compensate MODE` each preset's types are encoded with error
+plans a file no larger than B's and compares it with B, and with the best of the measured presets that are as small
+where that is another; with `--compensate MODE` each preset's types are encoded with error
 feedback too, as B+MODE, and compared with B: the same bytes on both sides. `--blocks` gives all linears of the blocks the
 type and leaves embedding and head at BF16; `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
 of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `texts.py`. Each text is measured by itself. Nothing is
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import models
@@ -63,12 +64,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a file; `comparison` is with the file named `baseline`, where one was asked for."""
+    """What was measured of a file, and how it compares with other files, by their names."""
 
     candidate: Candidate
     quality: Quality
-    baseline: str = ""
-    comparison: PairedComparison | None = None
+    comparisons: Mapping[str, PairedComparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,20 @@ def measure(candidates: Sequence[Candidate], reference: Path, text: Path, option
     return [Row(candidate, measured[path]) for candidate, path in zip(candidates, paths, strict=True)]
 
 
-def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str]) -> tuple[Row, ...]:
-    """Return the rows with the comparisons that `pairs` (name to baseline) asks for."""
+def best_of_size(rows: Sequence[Row], presets: Sequence[str], preset: str) -> str:
+    """Return the preset with the least mean KLD of those whose files are no larger than that of `preset`."""
+    limit = next(row.candidate.n_bytes for row in rows if row.candidate.name == preset)
+    fitting = [row for row in rows if row.candidate.name in presets and row.candidate.n_bytes <= limit]
+    return min(fitting, key=lambda row: row.quality.mean_kld_nats.value).candidate.name
+
+
+def add_comparisons(rows: Sequence[Row], pairs: Mapping[str, str], options: argparse.Namespace) -> tuple[Row, ...]:
+    """Return the rows with the comparisons that `pairs` (name to baseline) asks for, and those of files by size with the best preset."""
     by_name = {row.candidate.name: row.quality for row in rows}
-    done = []
-    for row in rows:
-        baseline = pairs.get(row.candidate.name, "")
-        done.append(Row(row.candidate, row.quality, baseline, compare_paired(row.quality, by_name[baseline])) if baseline else row)
-    return tuple(done)
+    baselines = {name: [baseline] for name, baseline in pairs.items()}
+    for preset in split(options.at_size_of):
+        baselines[f"{SIZE}{preset}"].append(best_of_size(rows, [*split(options.types), *split(options.at_size_of)], preset))
+    return tuple(replace(row, comparisons={name: compare_paired(row.quality, by_name[name]) for name in baselines.get(row.candidate.name, ())}) for row in rows)
 
 
 def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, options: argparse.Namespace) -> Iterator[Section]:
@@ -198,7 +204,7 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     for text in models.resolve_texts(options):
         rows = measure(candidates, reference, text, options)
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
-        yield Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs))
+        yield Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs, options))
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
@@ -207,13 +213,13 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
 def cells(row: Row) -> list[str]:
     """Return the texts of a table's line."""
     candidate = row.candidate
-    ratio = f"{report.with_error(row.comparison.mean_kld_ratio, 3)} × {row.baseline}" if row.comparison is not None else ""
+    ratios = [f"{report.with_error(comparison.mean_kld_ratio, 3)} × {name}" for name, comparison in row.comparisons.items()]
     return [
         candidate.name,
         f"{candidate.n_bytes:,}",
         f"{candidate.bpw:.3f}",
         *report.measured_cells(row.quality),
-        ratio,
+        ", ".join(ratios),
     ]
 
 
@@ -226,7 +232,7 @@ def title(section: Section) -> str:
 
 def columns(section: Section) -> list[str]:
     """Return the headers; that of the comparison only where there is one."""
-    return [*COLUMNS, *(["mean KLD compared"] if any(row.comparison for row in section.rows) else [])]
+    return [*COLUMNS, *(["mean KLD compared"] if any(row.comparisons for row in section.rows) else [])]
 
 
 def show(section: Section, *, markdown: bool) -> None:
@@ -254,7 +260,7 @@ def to_json(section: Section) -> dict[str, object]:
             "bytes": row.candidate.n_bytes,
             "bpw": row.candidate.bpw,
             **report.quality_json(row.quality),
-            "compared": {"with": row.baseline, **asdict(row.comparison)} if row.comparison is not None else None,
+            "compared": [{"with": name, **asdict(comparison)} for name, comparison in row.comparisons.items()],
         }
         for row in section.rows
     ]
