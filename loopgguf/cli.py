@@ -690,7 +690,9 @@ def plan(
     threads: ThreadsOption = None,
     overwrite: OverwriteOption = False,
     pre_tokenizer: PreTokenizerOption = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say of each tensor what the next smaller and larger type would do.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of each tensor what the next smaller and larger type would do, and how fast types are here.")
+    ] = False,
 ) -> None:
     """Say what MODEL would become, tensor by tensor and to the byte, with the reason of each type."""
     from loopgguf import report
@@ -710,7 +712,7 @@ def plan(
         dry_run=True,
     )
     with ExitStack() as stack:
-        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory))
+        result = make_plan(model, request, _settings(stack, threads, pre_tokenizer=pre_tokenizer, device=device, max_memory=max_memory), measures_speed=explain)
     if output is not None:
         save_plan(result.saved, output, overwrite=overwrite)
     if save_tensor_types is not None:
@@ -719,7 +721,7 @@ def plan(
     console = _console()
     console.print(report.plan_table(result.saved.plan, explain=explain))
     console.print()
-    console.print(report.plan_types(result.saved.plan))
+    console.print(report.plan_types(result.saved.plan, result.saved.speeds))
     console.print()
     console.print(
         f"{result.saved.plan.intent}: {report.size_line(result.saved.plan, result.saved.total_bytes)}, plan {result.saved.plan.hash[:12]}", markup=False

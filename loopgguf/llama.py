@@ -46,6 +46,12 @@ def _keep_error(level: int, text: bytes, _data: object) -> None:
 _LOG_CALLBACK = binding.llama_log_callback(_keep_error)  # alive as long as llama.cpp may call it
 
 
+def keep_errors() -> None:
+    """Have llama.cpp and ggml print nothing from now on: what they complain about is kept for our messages."""
+    binding.llama_log_set(_LOG_CALLBACK, None)
+    _errors.clear()
+
+
 def _cause() -> str:
     """Return what llama.cpp said first since the last call, in brackets, or nothing."""
     first = _errors[0] if _errors else ""
@@ -58,8 +64,7 @@ class Model:
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
         check_runnable(read_shards(path)[0])
-        binding.llama_log_set(_LOG_CALLBACK, None)
-        _errors.clear()
+        keep_errors()
         binding.llama_backend_init()
         params = binding.llama_model_default_params()
         params.vocab_only = vocab_only

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from loopgguf.errors import InputError, UsageError
 from loopgguf.formats import FORMATS, GgmlType, fits_row, tensor_bytes
 from loopgguf.planner import Plan, PlanRow
 from loopgguf.source import Tensor
+from loopgguf.speed import Speed
 
 PLAN_FORMAT = "loopgguf plan 1"
 _DOCUMENT_KEYS = {
@@ -34,6 +35,7 @@ _DOCUMENT_KEYS = {
     "total_bytes": int,
     "imatrix_sha256": (str, type(None)),
     "hash": str,
+    "speeds": dict,
     "rows": list,
 }
 _ROW_KEYS = {
@@ -49,17 +51,22 @@ _ROW_KEYS = {
     "estimated_error": (int, float, type(None)),
     "explanation": str,
 }
+_SPEED_KEYS = {"generation": (int, float), "prompt": (int, float)}
 Importance = Callable[[str], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """A plan as it was written: of which model (a name, for messages), the file's exact bytes, and which imatrix it counts on."""
+    """A plan as it was written: of which model (a name, for messages), the file's exact bytes, and which imatrix it counts on.
+
+    speeds: of its types on the machine that planned, where they were measured; for readers, nothing depends on them.
+    """
 
     plan: Plan
     model: str
     total_bytes: int
     imatrix_sha256: str | None
+    speeds: Mapping[GgmlType, Speed] = field(default_factory=dict)
 
 
 def imatrix_digest(plan: Plan, importance: Importance) -> str | None:
@@ -89,6 +96,7 @@ def save_plan(saved: SavedPlan, path: Path, *, overwrite: bool = False) -> None:
         "total_bytes": saved.total_bytes,
         "imatrix_sha256": saved.imatrix_sha256,
         "hash": plan.hash,
+        "speeds": {ggml_type.name: asdict(speed) for ggml_type, speed in saved.speeds.items()},
     }
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     rows = ",\n".join("  " + json.dumps(_row_document(row)) for row in plan.rows)
@@ -155,6 +163,13 @@ def _parse_row(data: object, where: str) -> PlanRow:
     return PlanRow(**{**values, **types, "shape": tuple(shape)})
 
 
+def _parse_speed(data: object, where: str) -> Speed:
+    values = _checked(data, _SPEED_KEYS, where)
+    if not all(0 < value < math.inf for value in values.values()):
+        _refuse(where, values, "numbers above 0")
+    return Speed(**values)
+
+
 def load_plan(path: Path) -> SavedPlan:
     """Return the plan in `path`. Raises InputError naming the key for anything unknown, missing, of another kind, or changed."""
     values = _checked(load_json(path), _DOCUMENT_KEYS, str(path))
@@ -166,7 +181,8 @@ def load_plan(path: Path) -> SavedPlan:
     plan = Plan(values["intent"], values["file_type"], rows)
     if plan.hash != values["hash"]:
         _refuse(f"hash in {path}", values["hash"], f"{plan.hash}, that of its rows (edited by hand? use --tensor-type instead)")
-    return SavedPlan(plan, values["model"], values["total_bytes"], values["imatrix_sha256"])
+    speeds = {_type(name, f"speeds in {path}"): _parse_speed(speed, f"speed of {name:.80} in {path}") for name, speed in values["speeds"].items()}
+    return SavedPlan(plan, values["model"], values["total_bytes"], values["imatrix_sha256"], speeds)
 
 
 def check_plan(saved: SavedPlan, tensors: Sequence[Tensor], model: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from loopgguf.gate import CheckedResult, GateResult
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
+from loopgguf.speed import Speed
 from loopgguf.statistics import Statistics, load_imatrix
 from loopgguf.summary import (
     Comparison,
@@ -99,24 +100,34 @@ def plan_table(plan: Plan, *, explain: bool = False) -> Table:
     return result
 
 
-def type_table(items: Iterable[tuple[GgmlType, int, int]], title: str = "") -> Table:
-    """Return tensors counted by type from (type, weights, bytes) of each, largest share first, with a total line."""
+def type_table(items: Iterable[tuple[GgmlType, int, int]], title: str = "", speeds: Mapping[GgmlType, Speed] | None = None) -> Table:
+    """Return tensors counted by type from (type, weights, bytes) of each, largest share first, with a total line.
+
+    speeds: of the types on this machine, told as tokens per second of a matrix product with 10⁹ weights.
+    """
     totals: dict[GgmlType, list[int]] = defaultdict(lambda: [0, 0, 0])
     for ggml_type, n_weights, n_bytes in items:
         for i, n in enumerate((1, n_weights, n_bytes)):
             totals[ggml_type][i] += n
-    result = table("type", "tensors", "weights", "bytes", "bpw", title=title, numbers=("tensors", "weights", "bytes", "bpw"))
+    fast = ("tok/s", "prompt tok/s") if speeds else ()
+    headings = ("tensors", "weights", "bytes", "bpw", *fast)
+    result = table("type", *headings, title=title, numbers=headings)
     for ggml_type, (n_tensors, n_weights, n_bytes) in sorted(totals.items(), key=lambda item: -item[1][2]):
-        result.add_row(ggml_type.name, str(n_tensors), f"{n_weights:,}", f"{n_bytes:,}", f"{FORMATS[ggml_type].bpw:.4g}")
+        result.add_row(ggml_type.name, str(n_tensors), f"{n_weights:,}", f"{n_bytes:,}", f"{FORMATS[ggml_type].bpw:.4g}", *_speed_cells(speeds, ggml_type))
     n_tensors, n_weights, n_bytes = (sum(t[i] for t in totals.values()) for i in range(3))
     result.add_section()
     result.add_row("all", str(n_tensors), f"{n_weights:,}", f"{n_bytes:,}", f"{8 * n_bytes / n_weights:.4f}" if n_weights else "")
     return result
 
 
-def plan_types(plan: Plan) -> Table:
-    """Return the plan's tensors counted by type."""
-    return type_table((row.type, row.n_weights, row.n_bytes) for row in plan.rows)
+def _speed_cells(speeds: Mapping[GgmlType, Speed] | None, ggml_type: GgmlType) -> list[str]:
+    speed = speeds.get(ggml_type) if speeds else None
+    return [] if speed is None else [f"{speed.generation / 1e9:.2f}", f"{speed.prompt / 1e9:.2f}"]
+
+
+def plan_types(plan: Plan, speeds: Mapping[GgmlType, Speed] | None = None) -> Table:
+    """Return the plan's tensors counted by type; with the types' speeds on this machine where they were measured."""
+    return type_table(((row.type, row.n_weights, row.n_bytes) for row in plan.rows), speeds=speeds)
 
 
 def size_line(plan: Plan, total_bytes: int) -> str:

@@ -31,6 +31,7 @@ from loopgguf.reference import known_reference, reference_gguf
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document
 from loopgguf.search import refuse_search, search_chunks, search_plan
 from loopgguf.source import Source, open_source
+from loopgguf.speed import known_speeds
 from loopgguf.splits import tokens_sha256
 from loopgguf.super_weights import Found, Mask
 from loopgguf.tasks import TaskResult, load_task, measure_task
@@ -147,14 +148,19 @@ class PlanResult:
     notes: tuple[str, ...]
 
 
-def make_plan(model: Path, request: QuantizeRequest, settings: Settings | None = None) -> PlanResult:
-    """Return the plan of a request and the exact size of its file; encodes nothing but the samples that a size needs."""
+def make_plan(model: Path, request: QuantizeRequest, settings: Settings | None = None, *, measures_speed: bool = False) -> PlanResult:
+    """Return the plan of a request and the exact size of its file; encodes nothing but the samples that a size needs.
+
+    measures_speed: see how fast this machine multiplies by weights of the plan's types, too.
+    """
     settings = settings or Settings()
     source, notes = open_model(model, settings)
     resolved = resolve(source, request, settings)
     importance = resolved.importance
     digest = imatrix_digest(resolved.plan, importance) if importance is not None and importance.statistics is not None else None
     saved = SavedPlan(resolved.plan, model_name(model), total_bytes(source, resolved.order(request)), digest)
+    if measures_speed:
+        saved = replace(saved, speeds=known_speeds((row.type for row in saved.plan.rows if len(row.shape) > 1), n_threads=settings.n_threads))
     return PlanResult(saved, resolved.sized, (*notes, *resolved.notes))
 
 

@@ -14,6 +14,7 @@ from loopgguf.formats import GgmlType, tensor_bytes
 from loopgguf.planfile import SavedPlan, check_plan, imatrix_digest, load_plan, save_plan, save_tensor_types
 from loopgguf.planner import Plan, PlanRow, parse_overrides
 from loopgguf.source import Tensor
+from loopgguf.speed import Speed
 
 T = GgmlType
 
@@ -27,7 +28,7 @@ ROWS = (
     replace(row("blk.0.attn_norm.weight", (256,), T.F32), reason="kept: one-dimensional"),
     row("blk.0.ffn_down.weight", (256, 96), T.Q4_0, wanted=T.Q3_K, fallback="rows of 96", uses_imatrix=True),
 )
-SAVED = SavedPlan(Plan("size 123 bytes", 15, ROWS), "demo", 4711, None)
+SAVED = SavedPlan(Plan("size 123 bytes", 15, ROWS), "demo", 4711, None, {T.Q4_0: Speed(2e9, 5e9)})
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_plan_survives_the_file(path: Path) -> None:
     """Would catch a field that is not written, or not read back as it was."""
     assert load_plan(path) == SAVED
-    assert len(path.read_text(encoding="utf-8").splitlines()) == len(ROWS) + 11  # a line per tensor: diffs are readable
+    assert len(path.read_text(encoding="utf-8").splitlines()) == len(ROWS) + 12  # a line per tensor: diffs are readable
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,9 @@ def test_a_plan_survives_the_file(path: Path) -> None:
         (("hash",), "00", "hash in .*edited by hand"),
         (("intent",), "preset Q4_0", "hash in"),
         (("extra",), 1, "keys of .*extra"),
+        (("speeds", "Q4_X"), {"generation": 1, "prompt": 1}, "speeds in .*Q4_X"),
+        (("speeds", "Q4_0"), {"generation": 1}, "keys of speed of Q4_0 .*prompt"),
+        (("speeds", "Q4_0", "prompt"), 0, "speed of Q4_0 .*above 0"),
         (("rows",), {}, "rows in"),
         (("rows", 0), [], "row 1 of .*mapping"),
         (("rows", 1, "name"), 5, "name in row 2"),

@@ -39,8 +39,9 @@ def test_a_plan_is_executed_to_the_byte_and_a_size_makes_the_same_file(demo_gguf
     options = (demo_gguf, "--size", "4.5MB", "--profile", "p.yaml", "--no-imatrix")
     assert run("plan", *options, "-o", "plan.json", "--save-tensor-types", "types.txt", "--explain") == 0
     printed = capsys.readouterr().out
-    assert "ffn_down" in printed and "nats" in printed
+    assert "ffn_down" in printed and "nats" in printed and "prompt tok/s" in printed
     planned = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+    assert set(planned["speeds"]) == {row["type"] for row in planned["rows"] if len(row["shape"]) > 1}
     assert run("quantize", demo_gguf, "-o", "a.gguf", "--plan", "plan.json") == 0
     assert run("quantize", *options, "-o", "b.gguf") == 0
     assert Path("a.gguf").stat().st_size == planned["total_bytes"] <= 4_500_000
