@@ -221,8 +221,8 @@ class GramSums(Sums):
     def add_gradient(self, name: str, X: Any, G: Any) -> None:
         """Add the inputs X (n_tokens, n_in) of weight `name` and the gradients G (n_tokens, n_out) at its outputs.
 
-        For `token_embd.weight` X is None and G is the gradient at the embedding's output. Raises InputError naming the
-        weight when a gradient is not finite.
+        `token_embd.weight` has no inputs: X are the rows looked up, of which no notice is taken. Raises InputError naming
+        the weight when a gradient is not finite.
         """
         if not self._wants(name):
             return
@@ -233,12 +233,12 @@ class GramSums(Sums):
         key = (name, None)
         self._accumulate("curvature", key, curvature)
         self._accumulate("curvature tokens", key, np.array(len(G), np.int64))
-        if X is not None:
+        if name != EMBEDDING:
             weights = squares.mean(1)
             self._outer("weighted", key, X * weights[:, None], X)
             w = weights[self._starts]
             self._add_first("first_weighted", name, (X[self._starts] * w[:, None]).sum(0), float(w.sum()))
-        if X is None or has_output_gram(name):
+        if name == EMBEDDING or has_output_gram(name):
             self._outer("outputs", key, G, G)
 
     def _add_first(self, what: str, name: str, total: Any, weight: float) -> None:

@@ -189,12 +189,14 @@ class _Sums:
     nats: tuple[float, ...]
 
 
-def _weigh(sensitivity: Sensitivity, errors: FloatArray, matrix: int, rows: NDArray[np.int64]) -> float:
-    """Return ½ Σ_i r_i e_iᵀ H_w e_i over these rows of one matrix."""
+def _weigh(sensitivity: Sensitivity, weights: FloatArray, errors: FloatArray, matrix: int, rows: NDArray[np.int64]) -> float:
+    """Return ½ Σ_i r_i e_iᵀ H_w e_i over these rows of one matrix; each over ‖w_i‖² where errors count relatively."""
     if sensitivity.gram is not None:
         of_rows = np.einsum("ij,ij->i", errors @ sensitivity.gram[matrix], errors, dtype=np.float64)
     else:
         of_rows = np.square(errors).astype(np.float64) @ sensitivity.column_weights[matrix].astype(np.float64)
+    if sensitivity.is_relative:
+        of_rows = of_rows / np.maximum(np.square(weights).sum(axis=1, dtype=np.float64), np.finfo(np.float64).tiny)
     return 0.5 * float(of_rows @ sensitivity.row_weights[matrix][rows].astype(np.float64))
 
 
@@ -214,7 +216,7 @@ def _measure_slab(request: Request, weighing: _Weighing, matrix: int, rows: NDAr
         errors = _errors(ggml_type, weights, importance) if is_encodable or ggml_type in FLOAT_TYPES else None
         squared.append(None if errors is None else float((np.square(errors).astype(np.float64) @ column_weights).sum()))
         within = rows - matrix * (tensor.n_rows // tensor.n_matrices)
-        nats.append(0.0 if errors is None else sum(_weigh(s, errors, matrix, within) for s in weighing.sensitivities))
+        nats.append(0.0 if errors is None else sum(_weigh(s, weights, errors, matrix, within) for s in weighing.sensitivities))
     return _Sums(float((np.square(weights).astype(np.float64) @ column_weights).sum()), tuple(squared), tuple(nats))
 
 

@@ -348,8 +348,9 @@ class _GradientPass(_Pass):
                     assert total is not None
                     return self.through_norm(norm, after, total)
 
-                gradient = self.backward(layers, c, self.model.embed(self.chunks[c]), gradient_of)
-                self.audience.add_gradient(EMBEDDING, None, gradient)
+                embedded = self.model.embed(self.chunks[c])
+                gradient = self.backward(layers, c, embedded, gradient_of)
+                self.audience.add_gradient(EMBEDDING, embedded.detach().to(self.model.device), gradient)
                 losses.append(scores.losses())
                 self.meter.step(3)
         self.finish(layers)
@@ -369,7 +370,8 @@ class _GradientPass(_Pass):
             gradients = self.run_block_backward(block, border, gradients)
         for c in range(len(self.chunks)):
             self.begin(c)
-            self.audience.add_gradient(EMBEDDING, None, gradients.read(c).to(self.model.device))
+            embedded, gradient = (values.to(self.model.device) for values in (self.model.embed(self.chunks[c]), gradients.read(c)))
+            self.audience.add_gradient(EMBEDDING, embedded, gradient)
         return summarize_pass(self.losses())
 
     def before_blocks(self, blocks: Sequence[range]) -> list[HiddenStates]:

@@ -87,7 +87,7 @@ def test_gradients_by_hand():
     grams = GramSums()
     for name in (Q, UP):
         grams.add_gradient(name, X, G)
-    grams.add_gradient("token_embd.weight", None, G)
+    grams.add_gradient("token_embd.weight", np.ones_like(G), G)
     got = grams.take()
     w = (G**2).mean(axis=1)
     assert set(got.weighted) == {Q, UP} and set(got.outputs) == {Q, "token_embd.weight"}

@@ -196,6 +196,16 @@ def test_a_tied_embedding_is_charged_for_the_head_too(is_tied: bool, basis: Basi
     assert damage.estimated_error == pytest.approx(0.5 * 0.05 * damage.squared_error + head, rel=1e-5)
 
 
+def test_errors_of_a_lookup_count_by_the_length_of_their_row() -> None:
+    """Would catch embeddings estimated at twice what they do, for tokens hardly trained have short rows, small errors and large gradients."""
+    W = weights(20, 64) * np.geomspace(0.1, 10, 20, dtype=np.float32)[:, None]
+    sensitivity = Sensitivity(np.full((1, 20), 0.05, np.float32), np.arange(64, dtype=np.float32)[None], is_relative=True)
+    damage = measure(make_tensor(W), (T.Q4_0,), backward=Backward(sensitivity)).damage(T.Q4_0)
+    E = W - ggml.decode_rows(T.Q4_0, ggml.encode_rows(T.Q4_0, W))
+    naive = 0.5 * sum(0.05 * sum(j * E[i, j] ** 2 for j in range(64)) / sum(w**2 for w in W[i]) for i in range(20))
+    assert damage is not None and damage.estimated_error == pytest.approx(naive, rel=1e-5)
+
+
 def test_a_tied_embedding_with_the_heads_gradients_needs_no_prior() -> None:
     """Would catch one of the two uses of a tied embedding counted twice, or not at all."""
     found = Sensitivity(np.full((1, 20), 0.05, np.float32), np.ones((1, 64), np.float32))

@@ -13,6 +13,7 @@ from loopgguf.attention import AttentionMass
 from loopgguf.curvature import GramSet, GramSums, summarize_layer
 from loopgguf.hidden_states import finished_layers
 from loopgguf.layerwise import GradientPlan, collect_from_checkpoint, collect_gradients, plan_gradient_pass
+from loopgguf.sensitivity import SensitivitySums
 
 THREADS = 1
 
@@ -226,12 +227,19 @@ def test_gradients_equal_autograd(family: str, options: dict[str, object], mode:
 
 
 def test_gradients_of_the_demo_model(demo_model: Path, chunks: np.ndarray):
-    """Catches differences that only a trained model's scales show; in memory and block by block."""
+    """Catches differences that only a trained model's scales show, and embeddings weighed by other rows than were looked up; in memory and block by block."""
+    from safetensors.torch import load_file
+
     seen = whole_model_gradients(demo_model, chunks[:2, :64], permuted=True)
+    rows = load_file(demo_model / "model.safetensors")["model.embed_tokens.weight"].float().numpy()
+    looked_up = [((rows[chunks[c, :64]] ** 2).sum(axis=1), G) for c, (_, G) in enumerate(seen["token_embd.weight"])]
     for mode in (WHOLE, STREAMED):
-        grams = GramSums()
-        result = collect_gradients(demo_model, chunks[:2, :64], [grams], n_threads=THREADS, label_seed=SEED, plan=gradient_plan(mode, 6))
+        grams, sensitivity = GramSums(), SensitivitySums()
+        result = collect_gradients(demo_model, chunks[:2, :64], [grams, sensitivity], n_threads=THREADS, label_seed=SEED, plan=gradient_plan(mode, 6))
         assert_equals_autograd(grams.take(), seen, [0, 1])
+        found = sensitivity.take(1, "").sensitivity("token_embd.weight")
+        assert found is not None
+        assert_close(found.column_weights[0], np.concatenate([lengths[:, None] * G**2 for lengths, G in looked_up]).mean(axis=0), "looked-up rows")
         assert result.perplexity == pytest.approx(run_checkpoint(demo_model, chunks[:2, :64])[1].perplexity, rel=1e-5)
 
 

@@ -21,7 +21,7 @@ def collected() -> SensitivitySums:
     sums = SensitivitySums()
     for X, G in slabs():
         sums.add_gradient("blk.0.attn_q.weight", X, G)
-        sums.add_gradient("token_embd.weight", None, X)
+        sums.add_gradient("token_embd.weight", 2 * X, X)
     return sums
 
 
@@ -38,12 +38,14 @@ def test_the_textbook() -> None:
 
 
 def test_a_row_of_the_embeddings_counts_as_the_average_token() -> None:
-    """Would catch an embedding whose every row is charged with all tokens: thousands of times too much."""
+    """Would catch an embedding whose every row is charged with all tokens: thousands of times too much; or short rows, with
+    gradients as large as they are short, taken for long ones."""
     X = np.concatenate([X for X, _ in slabs()]).astype(np.float64)
     found = collected().take(10, "f").sensitivity("token_embd.weight")
     assert found is not None and found.row_weights.shape == (1, 10)
-    assert found.row_weights.sum() == pytest.approx(1)
-    np.testing.assert_allclose(found.column_weights[0], (X**2).mean(axis=0), rtol=1e-5)
+    assert found.row_weights.sum() == pytest.approx(1) and found.is_relative
+    lengths = 4 * (X**2).sum(axis=1)
+    np.testing.assert_allclose(found.column_weights[0], (lengths[:, None] * X**2).mean(axis=0), rtol=1e-5)
 
 
 def test_the_head_slab_by_slab_is_the_head_at_once() -> None:
