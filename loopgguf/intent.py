@@ -14,6 +14,7 @@ from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
+from loopgguf.evaluation import Measure
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
 from loopgguf.gate import Gate
@@ -77,6 +78,7 @@ class Resolved:
     sized: SizedPlan | None = None
     protection: Protection | None = None
     selection: Chunks | None = None  # the text that the plan was chosen on, where it was
+    predicted_kld_nats: Measure | None = None  # of the file with plain encoders, from others that were measured on that text
 
     def order(self, request: QuantizeRequest) -> Order:
         """Return what is to be written."""
@@ -90,6 +92,7 @@ class Resolved:
             protection=self.protection,
             keep_split=request.keep_split,
             selection=self.selection,
+            predicted_kld_nats=self.predicted_kld_nats if request.compensate is Compensate.OFF else None,
             inputs=tuple(Path(path) for path in inputs),
         )
 

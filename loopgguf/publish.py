@@ -18,6 +18,7 @@ from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32, write_file
 from loopgguf.errors import InputError, OutputError, QualityError, UsageError
+from loopgguf.evaluation import Measure
 from loopgguf.feedback import (
     MIN_TOKENS_PER_COLUMN,
     Compensate,
@@ -82,6 +83,7 @@ class Order:
     protection: Protection | None = None
     keep_split: bool = False
     selection: Chunks | None = None  # the text it must pass a gate on
+    predicted_kld_nats: Measure | None = None  # on that text
     reuse: Reuse | None = None
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
 
@@ -106,6 +108,8 @@ def _metadata(source: Source, order: Order) -> dict[str, Value]:
     if order.selection is not None:
         metadata["loopgguf.selection.dataset"] = string(_fitting(order.selection.names))
         metadata["loopgguf.selection.sha256"] = string(tokens_sha256(order.selection.tokens))
+    if order.predicted_kld_nats is not None:
+        metadata["loopgguf.selection.predicted_kld"] = string(f"{order.predicted_kld_nats.value:.4g} ± {order.predicted_kld_nats.standard_error or 0:.2g}")
     if order.protection is not None:
         metadata["loopgguf.super_weights"] = string("protected")
     return metadata

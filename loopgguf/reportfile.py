@@ -41,7 +41,10 @@ SUFFIXES = (".json", ".md", ".html")
 BINS_PER_DECADE = 4
 HISTOGRAM_DECADES = (-7, 2)  # of nats: below are differences that float32 logits cannot carry, above is nothing that runs
 MAX_POSITION_RANGES = 32
-_METADATA_KEYS = ("general.architecture", "general.name", "loopgguf.intent", "quantize.imatrix.dataset", "quantize.imatrix.chunks_count")
+_METADATA_KEYS = (
+    *("general.architecture", "general.name", "loopgguf.intent", "loopgguf.selection.predicted_kld"),
+    *("quantize.imatrix.dataset", "quantize.imatrix.chunks_count"),
+)
 
 
 @dataclass(frozen=True)

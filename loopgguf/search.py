@@ -5,14 +5,15 @@ tensors get larger types and others pay for them, or the other way round. Both f
 chunks first, which drops most swaps early, then chunks that this swap has not seen; it stays where the mean KLD falls by
 more than `CERTAIN` paired standard errors, for one standard error would let a sixth of all idle swaps pass. In the end
 the plan must beat the one it began with on chunks that no swap has seen, or the latter is kept. Trials are written with
-plain encoders, and only what changed is encoded again.
+plain encoders, and only what changed is encoded again. All that was measured also says how far estimates are off as a
+whole, so that the KLD of the plan that stays is predicted in nats.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -113,17 +114,17 @@ def search_plan(source: Source, resolved: Resolved, request: QuantizeRequest, re
     with open_stage(folder, SEARCH, fingerprint, resume=settings.resume) as job:
         found, state = job.shards / "plan.json", job.load()
         if state is None:
-            state = State(1, facts={"notes": _search(source, resolved, request, reference, chunks, settings, job, found)})
+            state = State(1, facts=_search(source, resolved, request, reference, chunks, settings, job, found))
             job.save(state)
-        plan, said = load_plan(found).plan, state.facts["notes"]
-    assert isinstance(said, list)
-    return replace(resolved, plan=plan, notes=(*resolved.notes, *said), selection=chunks)
+        plan, said, predicted = load_plan(found).plan, state.facts["notes"], state.facts["predicted"]
+    assert isinstance(said, list) and (predicted is None or isinstance(predicted, list))
+    return replace(resolved, plan=plan, notes=(*resolved.notes, *said), selection=chunks, predicted_kld_nats=Measure(*predicted) if predicted else None)
 
 
 def _search(
     source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, job: Job, found: Path
-) -> list[str]:
-    """Search, write the plan to `found`, and return what there is to say of it."""
+) -> dict[str, object]:
+    """Search, write the plan to `found`, and return what there is to say of it and the KLD it is predicted, [nats, error] or None."""
     assert resolved.sized is not None and request.search is not None
     try:
         shutil.rmtree(job.work)  # a killed run's
@@ -132,7 +133,13 @@ def _search(
     finally:
         shutil.rmtree(job.work, ignore_errors=True)
     save_plan(SavedPlan(plan, model_name(source.path), resolved.sized.total_bytes, None), found, overwrite=True)
-    return [*(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict]
+    notes = [*(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict]
+    predicted = predict(search.measured, search.estimate(plan))
+    if predicted is None:
+        return {"notes": notes, "predicted": None}
+    factor = predicted.value / search.estimate(plan)
+    notes.append(f"search: files have {factor:.3g} times their estimated KLD; {predicted.value:.4g} ± {predicted.standard_error:.2g} nats are predicted")
+    return {"notes": notes, "predicted": [predicted.value, predicted.standard_error]}
 
 
 @dataclass(eq=False)
@@ -148,6 +155,7 @@ class _Search:
     settings: Settings
     job: Job
     swaps: list[Swap] = field(default_factory=list)
+    measured: list[tuple[float, float]] = field(default_factory=list)  # estimated and measured mean KLD of a file on some chunks
     verdict: str = ""
     tilt: Tilt = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)  # plans that are no better than the best there is
@@ -224,7 +232,13 @@ class _Search:
     def _difference(self, a: _File, b: _File, tokens: Tokens) -> Measure:
         """Return the mean KLD of a less that of b, in nats."""
         qualities = measure_qualities([a.path, b.path], self.reference, tokens, n_threads=self.settings.n_threads, progress=self._progress)
+        self.measured += [(self.estimate(file.plan), quality.mean_kld_nats.value) for file, quality in zip((a, b), qualities, strict=True)]
         return compare_paired(*qualities).mean_kld_difference_nats
+
+    def estimate(self, plan: Plan) -> float:
+        """Return the estimated KLD of a plan, whatever the tilt that it was made with."""
+        damages = (self.table.rows[row.name].damage(row.type) for row in plan.rows if row.name in self.table.rows)
+        return sum(damage.estimated_error for damage in damages if damage is not None)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.settings.progress is not None:
@@ -252,6 +266,19 @@ class _Search:
 
 def _is_certain(difference: Measure) -> bool:
     return difference.standard_error is not None and difference.value < -CERTAIN * difference.standard_error
+
+
+def predict(measured: Sequence[tuple[float, float]], estimate: float) -> Measure | None:
+    """Return the KLD that a file of this estimate is predicted to have, from (estimated, measured) of others.
+
+    One factor for all, the geometric mean of measured ÷ estimated; the error is the spread of single files about it, over
+    plans and chunks. None where fewer than three were measured, or estimates are 0.
+    """
+    logs = np.log([kld / estimated for estimated, kld in measured if estimated > 0 and kld > 0])
+    if len(logs) < 3:
+        return None
+    predicted = estimate * float(np.exp(logs.mean()))
+    return Measure(predicted, predicted * float(logs.std(ddof=1)))
 
 
 def _types(plan: Plan) -> dict[str, str]:

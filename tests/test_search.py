@@ -17,10 +17,11 @@ from loopgguf.checkpoint import SEARCH, Job, job_folder
 from loopgguf.container import read_gguf
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import Basis, ErrorRow, ErrorTable, TypeDamage
-from loopgguf.evaluation import Measure
+from loopgguf.evaluation import Measure, measure_quality
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import GATE_BYTES, Search, resolve
+from loopgguf.opening import cut_text
 from loopgguf.planner import TypeRules, parse_overrides, plan_size
 from loopgguf.protection import NOTHING_FOUND, Protection
 from loopgguf.search import tilted
@@ -102,10 +103,16 @@ def test_a_swap_that_is_certain_stays_and_is_confirmed(model: Path, request_: Qu
     assert text == "selection.txt"
 
 
-def test_a_real_search_ends(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
-    """Catches measurements that are mixed up: of two files, of chunks, of the reference."""
+def test_a_real_search_ends(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches measurements that are mixed up: of two files, of chunks, of the reference; and a prediction that is only an estimate."""
+    monkeypatch.setattr(search, "FACTORS", (64.0,))
     result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
     assert any(note.startswith("search: ") and "swaps tried" in note for note in result.notes)
+    predicted = str(read_gguf(tmp_path / "out.gguf").metadata["loopgguf.selection.predicted_kld"].data)
+    assert any(predicted in note for note in result.notes)
+    chunks = cut_text(open_source(model), request_.search.files, "selection", search.SEARCH_CTX, None, SETTINGS)
+    measured = measure_quality(tmp_path / "out.gguf", model, chunks.tokens, n_threads=1).mean_kld_nats.value
+    assert 0.5 * measured < float(predicted.split(" ")[0]) < 2 * measured
 
 
 def test_trials_lie_in_the_job_folder(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +245,14 @@ def test_too_little_text(model: Path, request_: QuantizeRequest, tmp_path: Path)
     short.write_text(Path(request_.search.files[0]).read_text(encoding="utf-8")[:1500], encoding="utf-8")
     with pytest.raises(UsageError, match="expected at least 12"):
         quantize(model, tmp_path / "out.gguf", replace(request_, search=Search(1, (short,))), SETTINGS)
+
+
+def test_predictions_are_the_estimate_times_what_files_have_more() -> None:
+    """Catches a factor turned over, an arithmetic mean that one odd file moves, and an error of the mean taken for that of a file."""
+    predicted = search.predict([(1.0, 2.0), (2.0, 4.0), (1.0, 1.0), (1.0, 4.0), (0.0, 1.0)], 3.0)
+    assert predicted is not None and predicted.value == pytest.approx(6.0)
+    assert predicted.standard_error == pytest.approx(6.0 * np.std([0, 0, -np.log(2), np.log(2)], ddof=1))
+    assert search.predict([(1.0, 2.0)] * 2, 3.0) is None
 
 
 def test_tilt() -> None:
