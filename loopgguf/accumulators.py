@@ -23,6 +23,7 @@ from loopgguf.errors import InputError
 
 FloatArray = NDArray[np.float32]
 EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"  # tied or not: as the head, the embeddings go by this name too
 Key = tuple[str, int | None]  # a weight's or an input's name, and the number of the matrix (expert); None: it has one
 
 
@@ -67,8 +68,9 @@ class GradientListener(Protocol):
 
 @runtime_checkable
 class HeadListener(Protocol):
-    """Wants the head, from the torch engine's backward pass, slab by slab of the vocabulary: X (n_tokens, n_embd) its inputs
-    and P (n_tokens, rows) the probabilities of the tokens from `start` on, of `n_vocab`. Slabs come in order for each chunk."""
+    """Wants the head: its inputs by `add` under the name `HEAD`, tied or not, whatever else is collected; and from the torch
+    engine's backward pass, slab by slab of the vocabulary, X (n_tokens, n_embd) its inputs again and P (n_tokens, rows) the
+    probabilities of the tokens from `start` on, of `n_vocab`. Slabs come in order for each chunk."""
 
     def add_probabilities(self, start: int, n_vocab: int, X: Any, P: Any) -> None: ...
 
@@ -111,7 +113,7 @@ class Audience:
 
     def __init__(self, accumulators: Sequence[Accumulator], split: HoldoutSplit | None = None) -> None:
         self._always, self._split = list(accumulators), split
-        both = [*self._always, *(split.train if split else ()), *(split.holdout if split else ())]
+        self._everyone = both = [*self._always, *(split.train if split else ()), *(split.holdout if split else ())]
         self._output_listeners = [a for a in both if isinstance(a, OutputListener)]
         self.wants_attention = any(isinstance(a, AttentionListener) for a in both)
         self.wants_gradients = any(isinstance(a, GradientListener) for a in both)
@@ -142,6 +144,12 @@ class Audience:
                 plain = to_numpy(X) if plain is None else plain
                 accumulator.add(name, matrix, plain)
 
+    def add_head(self, X: Any) -> None:
+        """Show the head's inputs to those alone that always want them."""
+        for accumulator in self._active:
+            if isinstance(accumulator, HeadListener):
+                accumulator.add(HEAD, None, X)
+
     def add_output(self, name: str, matrix: int | None, Y: Any) -> None:
         Y = to_numpy(Y)
         for accumulator in self._active:
@@ -163,6 +171,18 @@ class Audience:
         for accumulator in self._active:
             if isinstance(accumulator, HeadListener):
                 accumulator.add_probabilities(start, n_vocab, X, P)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return what all accumulators whose sums can be put back hold, as named arrays for `restore`."""
+        return {f"{i}/{label}": value for i, a in enumerate(self._everyone) if isinstance(a, Sums) for label, value in a.state().items()}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back a `state` of an audience of the same accumulators."""
+        for label, value in state.items():
+            number, _, rest = label.partition("/")
+            accumulator = self._everyone[int(number)]
+            assert isinstance(accumulator, Sums)
+            accumulator.restore({rest: value})
 
 
 def to_numpy(values: Any) -> NDArray[Any]:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf import ggml
-from loopgguf.accumulators import Accumulator, Audience, HoldoutSplit, document_starts
+from loopgguf.accumulators import EMBEDDING, HEAD, Accumulator, Audience, HoldoutSplit, document_starts
 from loopgguf.architectures import tensor_role
 from loopgguf.curvature import GramSet, GramSums, gram_bytes, plan_passes
 from loopgguf.errors import InputError
@@ -33,7 +33,7 @@ from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, PHASE, collect_from_che
 from loopgguf.llama import Context, Model, max_sequences
 from loopgguf.loss import MAX_NATS, PassResult, first_scored, score_tokens, scored_targets, summarize_pass
 from loopgguf.progress import Meter, Progress
-from loopgguf.torch_model import HEAD, WeightEdit
+from loopgguf.torch_model import WeightEdit
 
 __all__ = ["GramSink", "collect_from_checkpoint", "collect_from_gguf", "collect_gradients", "collect_grams_from_checkpoint", "collect_grams_from_gguf"]
 
@@ -206,7 +206,7 @@ class _Watcher:
         if node.op == self.watch.mul_mat_id:
             return True
         X = GgmlTensor.from_address(node.src[1])
-        if not (X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or (self.process_output and name == HEAD))):
+        if not (X.ne[1] >= MIN_ROWS and X.type == GgmlType.F32 and (name.startswith("blk.") or self._wants_head(name))):
             return False
         if self._computed == (node.src[1], weight.ne[2], weight.ne[3]) and not self.audience.wants_output(name):
             for matrix, slab in self._slabs:  # k and v after q: their input is there already, so the graph need not stop once more
@@ -214,6 +214,10 @@ class _Watcher:
             self._n_seen += 1
             return False
         return True
+
+    def _wants_head(self, name: str) -> bool:
+        """Tell whether a weight is the head, which may be the embeddings, and anybody wants its input."""
+        return (name == HEAD and self.process_output) or (name in (HEAD, EMBEDDING) and self.audience.wants_head)
 
     def collect(self, node: GgmlTensor) -> None:
         if node.op == self.watch.soft_max:
@@ -228,6 +232,9 @@ class _Watcher:
             if edit.name == name:
                 self._edit(node, inputs, edit)
         split = self._splitter(node, weight)
+        if name == EMBEDDING or (name == HEAD and not self.process_output):
+            self.audience.add_head(read_tensor(inputs, "<f4").reshape(-1, inputs.ne[0]))
+            return
         outputs = split(read_tensor(node, "<f4")) if self.audience.wants_output(name) else None
         self._computed, self._slabs = (node.src[1], weight.ne[2], weight.ne[3]), list(split(read_tensor(inputs, "<f4")))
         for matrix, slab in self._slabs:
@@ -367,26 +374,31 @@ def collect_grams_from_gguf(
     process_output: bool = False,
     wanted: Collection[int | None] | None = None,
 ) -> PassResult:
-    """Return the perplexity, after giving `sink` the matrices H of every layer: one pass per block that fits into memory.
+    """Return the perplexity, after giving `sink` the matrices H of every layer, one pass per block that fits into memory, and
+    with the first block that of the head (None).
 
     shapes: of the model's weights by name; holdout: the numbers of the chunks of the second set. The accumulators listen
     to the first pass. How many there are: len(`gguf_passes(shapes, max_memory_bytes)`); those without a layer that is `wanted`
-    (None: all are) are left out. The progress counts all passes.
+    (None: all are; the head goes with the first) are left out. The progress counts all passes.
     """
-    blocks = [block for block in gguf_passes(shapes, max_memory_bytes) if wanted is None or not set(block).isdisjoint(wanted)]
+    blocks = [
+        block
+        for number, block in enumerate(gguf_passes(shapes, max_memory_bytes))
+        if wanted is None or not {*block, *([None] if number == 0 else [])}.isdisjoint(wanted)
+    ]
     n_steps = len(blocks) * len(chunks)
-    result: PassResult | None = None
+    results = []
     for number, block in enumerate(blocks):
 
         def is_of_block(name: str, layers: range = block) -> bool:
-            return tensor_role(name).layer in layers or (name == HEAD and layers.start == 0)
+            return tensor_role(name).layer in layers or (name in (HEAD, EMBEDDING) and layers.start == 0)
 
         def counted(phase: str, done: int, _total: int, before: int = number * len(chunks)) -> None:
             if progress is not None:
                 progress(phase, before + done, n_steps)
 
         train, rest = GramSums(is_of_block), GramSums(is_of_block)
-        once = collect_from_gguf(
+        result = collect_from_gguf(
             path,
             chunks,
             accumulators if number == 0 else (),
@@ -398,13 +410,12 @@ def collect_grams_from_gguf(
             wants=None if number == 0 else is_of_block,
             score_every=SCORE_EVERY,
         )
-        result = result or once
+        results.append(result)
         for layer in block:
             sink(layer, train.take(layer), rest.take(layer))
-        if number == 0 and process_output:
+        if block.start == 0:
             sink(None, train.take(), rest.take())
-    assert result is not None, "a model without layers"
-    return result
+    return results[0]
 
 
 def gguf_passes(shapes: Mapping[str, Sequence[int]], max_memory_bytes: int) -> list[range]:
@@ -430,13 +441,14 @@ def collect_grams_from_checkpoint(
     device: str = "cpu",
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
     progress: Progress | None = None,
+    process_output: bool = False,
     work: Path | None = None,
 ) -> PassResult:
     """Return the perplexity, after giving `sink` the matrices of every layer as it is finished, so that nothing is stored.
 
     holdout: the numbers of the chunks of the second set. label_seed: with it gradients are run, layers come from the
     last to the first, and the sets hold H, H_w, H_O, G0 and curvatures; None: a forward pass, H alone. At the end the
-    sink gets what belongs to no layer (None). Other arguments and errors as `collect_from_checkpoint`; with `work` the
+    sink gets what belongs to no layer (None): the head and G0. Other arguments and errors as `collect_from_checkpoint`; with `work` the
     sink gets only what `finished_layers(work)` does not name.
     """
     train, rest = GramSums(), GramSums()
@@ -446,7 +458,7 @@ def collect_grams_from_checkpoint(
         sink(layer, train.take(layer), rest.take(layer))
 
     common: dict[str, Any] = {"n_threads": n_threads, "split": split, "documents": documents, "device": device, "progress": progress}
-    common |= {"max_memory_bytes": max_memory_bytes, "on_layer": on_layer, "work": work}
+    common |= {"max_memory_bytes": max_memory_bytes, "on_layer": on_layer, "process_output": process_output, "work": work}
     if label_seed is None:
         result = collect_from_checkpoint(folder, chunks, accumulators, **common)
     else:

@@ -225,6 +225,7 @@ def _run_grams(
         device=how.device,
         max_memory_bytes=how.max_memory_bytes,
         progress=progress,
+        process_output=how.process_output,
         work=work,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, FloatArray, Key, Sums, refuse_non_finite, to_numpy
+from loopgguf.accumulators import EMBEDDING, HEAD, FloatArray, Key, Sums, refuse_non_finite, to_numpy
 from loopgguf.architectures import input_group, tensor_role
 from loopgguf.errors import InputError
 
@@ -50,8 +50,10 @@ def plan_passes(bytes_per_layer: Sequence[int], max_memory_bytes: int) -> list[r
 
 
 def gram_shapes(shapes: Mapping[str, tuple[int, ...]], *, has_gradient: bool) -> dict[str, tuple[int, ...]]:
-    """Return the weights, by name with their shapes, of which Gram matrices are kept: the layers', with gradients the embedding."""
-    return {name: shape for name, shape in shapes.items() if len(shape) > 1 and (name.startswith("blk.") or (has_gradient and name == EMBEDDING))}
+    """Return the weights, by name with their shapes, of which Gram matrices are kept: the layers', the head, with gradients the
+    embedding. A model without a head of its own has the embedding for it."""
+    layers = {name: shape for name, shape in shapes.items() if len(shape) > 1 and name.startswith("blk.")}
+    return {**layers, HEAD: shapes.get(HEAD, shapes[EMBEDDING]), **({EMBEDDING: shapes[EMBEDDING]} if has_gradient else {})}
 
 
 def gram_bytes(shapes: Mapping[str, Sequence[int]], *, has_gradient: bool) -> int:
@@ -130,7 +132,8 @@ class GramSet:
 
     inputs: H by (input group, matrix); an expert that saw no token is absent. first: first tokens by input group.
     weighted: H_w by weight, with w_t = mean over outputs of g_ti². first_weighted: those in H_w, by weight.
-    outputs: H_O = Σ g gᵀ by weight (q, k, v, o, down), and G0 under `token_embd.weight`. curvature: by weight.
+    outputs: H_O = Σ g gᵀ by weight (q, k, v, o, down), and G0 under `token_embd.weight`. curvature: by weight; that of a
+    row of the embedding is how often its token occurs, by the model's own probabilities, which are smoother than counts.
     g is the gradient of −Σ_t ln p(y_t) of a chunk, labels y_t drawn from the model's own distribution, so the
     KL divergence per token that an error E of a weight makes is about ½ Σ_i (r_i / mean r) e_iᵀ H_w e_i (both as means).
     """
@@ -196,13 +199,14 @@ class GramSums(Sums):
         """Take down which positions of the slabs to come are the first of a document."""
         self._starts = list(starts)
 
-    def _outer(self, what: str, key: Key, X: Any, Y: Any) -> None:
+    def _outer(self, what: str, key: Key, X: Any, Y: Any, *, is_new: bool = True) -> None:
+        """Add Xᵀ Y; is_new: of tokens that are not counted yet."""
         total = self._arrays.get((what, *key))
         if total is None:
             n = X.shape[1]
             total = self._arrays[what, *key] = X.new_zeros((n, n)) if hasattr(X, "new_zeros") else np.zeros((n, n), np.float32)
         _add_outer(total, X, Y)
-        self._accumulate(f"{what} tokens", key, np.array(len(X), np.int64))
+        self._accumulate(f"{what} tokens", key, np.array(len(X) if is_new else 0, np.int64))
 
     def add(self, name: str, matrix: int | None, X: Any) -> None:
         """Add inputs X (n_tokens, n_in) of matrix `matrix` of weight `name`: a numpy array or a torch tensor.
@@ -230,16 +234,35 @@ class GramSums(Sums):
         curvature = to_numpy(squares.sum(0)).astype(np.float64)
         if not np.isfinite(curvature).all():
             raise InputError(f"gradients of {name}: got NaN or infinity, expected finite numbers. The weights are damaged")
-        key = (name, None)
-        self._accumulate("curvature", key, curvature)
-        self._accumulate("curvature tokens", key, np.array(len(G), np.int64))
         if name != EMBEDDING:
-            weights = squares.mean(1)
-            self._outer("weighted", key, X * weights[:, None], X)
-            w = weights[self._starts]
-            self._add_first("first_weighted", name, (X[self._starts] * w[:, None]).sum(0), float(w.sum()))
+            self._add_rows(name, 0, len(curvature), curvature, len(G))
+            self._add_weighted(name, X, squares.mean(1))
         if name == EMBEDDING or has_output_gram(name):
-            self._outer("outputs", key, G, G)
+            self._outer("outputs", (name, None), G, G)
+
+    def add_probabilities(self, start: int, n_vocab: int, X: Any, P: Any) -> None:
+        """Add inputs X (n_tokens, n_embd) of the head and the probabilities P (n_tokens, rows) of the tokens from `start` on.
+
+        A squared gradient at a logit is p (1 − p) in expectation over the label, so no label's chance is in it.
+        """
+        if not self._wants(HEAD):
+            return
+        squares, n_new = P * (1 - P), len(X) if start == 0 else 0
+        self._add_rows(HEAD, start, n_vocab, to_numpy(squares.sum(0)), n_new)
+        self._add_rows(EMBEDDING, start, n_vocab, to_numpy(P.sum(0)), n_new)
+        weights = squares.sum(1) / n_vocab
+        self._add_weighted(HEAD, X, weights.to(X.dtype) if hasattr(X, "to") else weights.astype(X.dtype), is_new=start == 0)
+
+    def _add_rows(self, name: str, start: int, n_rows: int, curvature: NDArray[np.float64], n_new: int) -> None:
+        """Add curvatures of the rows from `start` on, of n_rows, summed over tokens of which n_new are not counted yet."""
+        whole = self._arrays.setdefault(("curvature", name, None), np.zeros(n_rows))
+        whole[start : start + len(curvature)] += curvature
+        self._accumulate("curvature tokens", (name, None), np.array(n_new, np.int64))
+
+    def _add_weighted(self, name: str, X: Any, weights: Any, *, is_new: bool = True) -> None:
+        self._outer("weighted", (name, None), X * weights[:, None], X, is_new=is_new)
+        w = weights[self._starts]
+        self._add_first("first_weighted", name, (X[self._starts] * w[:, None]).sum(0), float(w.sum()))
 
     def _add_first(self, what: str, name: str, total: Any, weight: float) -> None:
         self._accumulate(what, (name, None), to_numpy(total).astype(np.float64))

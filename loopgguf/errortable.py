@@ -31,14 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loopgguf import ggml
-from loopgguf.accumulators import EMBEDDING
+from loopgguf.accumulators import EMBEDDING, HEAD
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import cache_path, content_key, write_cached
 from loopgguf.errors import InputError
 from loopgguf.formats import FLOAT_TYPES, FORMATS, QUANTIZED_TYPES, GgmlType, fits_row
 from loopgguf.presets import requires_imatrix
 from loopgguf.progress import Progress
-from loopgguf.sensitivity import HEAD, Sensitivity
+from loopgguf.sensitivity import Sensitivity
 from loopgguf.source import Tensor
 from loopgguf.statistics import sanitize_importance
 

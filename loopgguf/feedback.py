@@ -1,8 +1,8 @@
 """Error feedback for a whole model: finds the curvature of every weight, layer by layer, and says what each encoder is told.
 
 A checkpoint folder is run forwards and backwards over the calibration text: a linear's weight is encoded under the mix of
-H and H_w and judged by H_w on the tenth of the text that was held out; the token embeddings, whose input is one-hot, go by
-G0, the covariance of the gradient at their output. A GGUF has no backward pass: there H alone decides, in which keys and
+H and H_w and judged by H_w on the tenth of the text that was held out, the head too; the token embeddings, whose input is
+one-hot, go by G0, the covariance of the gradient at their output. A GGUF has no backward pass: there H alone decides, in which keys and
 values weigh the first token `SINK`-fold, because nearly every head of a trained model attends to it. An expert's few
 tokens are joined by those of all experts of its layer. A layer's matrices are given away as soon as they are complete and
 are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
@@ -17,8 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, split_holdout
+from loopgguf.accumulators import EMBEDDING, HEAD, split_holdout
 from loopgguf.activations import collect_grams_from_checkpoint, collect_grams_from_gguf
 from loopgguf.architectures import input_group, tensor_role
 from loopgguf.calibration import Chunks
@@ -54,10 +55,14 @@ class Compensate(StrEnum):
         return FULL if is_full else FAST
 
 
-def may_have_feedback(row: PlanRow, *, is_tied: bool) -> bool:
-    """Tell whether a tensor is encoded with error feedback where there are matrices of it: one with an imatrix, or embeddings
-    that are not the head too."""
-    return row.uses_imatrix or _is_lookup(row, is_tied=is_tied)
+def may_have_feedback(row: PlanRow, *, is_tied: bool, has_gradients: bool) -> bool:
+    """Tell whether a pass gives matrices to encode a tensor with error feedback: one with an imatrix, the head, or with gradients
+    embeddings that are not the head too."""
+    return row.uses_imatrix or _is_head(row) or (has_gradients and _is_lookup(row, is_tied=is_tied))
+
+
+def _is_head(row: PlanRow) -> bool:
+    return row.name == HEAD and row.is_encoded and row.type in QUANTIZED_TYPES
 
 
 def _is_lookup(row: PlanRow, *, is_tied: bool) -> bool:
@@ -77,14 +82,18 @@ class Feedback:
         A tied embedding is the head too, which G0 says nothing of.
         """
         if _is_lookup(row, is_tied=is_tied):
-            return (lambda matrix: self._of_embedding()) if EMBEDDING in self.train.outputs else None
-        if not row.uses_imatrix:
+            return (lambda matrix: self._of_embedding(row)) if EMBEDDING in self.train.outputs else None
+        if not row.uses_imatrix and not _is_head(row):
             return None
         return (lambda matrix: self._of_weight(row)) if len(row.shape) == 2 else self._of_experts(row)
 
-    def _of_embedding(self) -> LossCurvature | None:
+    def _of_embedding(self, row: PlanRow) -> LossCurvature | None:
+        """Return G0; how often tokens occur cannot change a code, for it is constant along a row, but it weighs the verdict."""
         train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
-        return LossCurvature(mixed(train.mean), held_out=holdout.mean) if holdout is not None and _are_enough(train, holdout) else None
+        if holdout is None or not _are_enough(train, holdout):
+            return None
+        _check_size(train, row)
+        return LossCurvature(mixed(train.mean), holdout.mean, row_curvature=self._row_curvature(row))
 
     def _of_weight(self, row: PlanRow) -> LossCurvature | None:
         key = (input_group(row.name) or row.name, None)
@@ -93,13 +102,12 @@ class Feedback:
             return None
         _check_size(gram, row)
         if row.name in self.train.weighted:
-            return self._with_gradients(row.name, gram)
+            return self._with_gradients(row, gram)
         return LossCurvature(mixed(self._with_sink(self.train, row.name, gram)), self._with_sink(self.holdout, row.name, held_out))
 
-    def _with_gradients(self, name: str, gram: Gram) -> LossCurvature:
-        train, holdout = self.train, self.holdout
-        r = train.curvature[name].mean.astype(np.float64)
-        has_rows = name in train.outputs
+    def _with_gradients(self, row: PlanRow, gram: Gram) -> LossCurvature:
+        name, train, holdout = row.name, self.train, self.holdout
+        r, has_rows = self._row_curvature(row), name in train.outputs
         return LossCurvature(
             mixed(gram.mean, train.weighted[name].mean),
             held_out=holdout.weighted[name].mean,
@@ -107,6 +115,14 @@ class Feedback:
             held_out_O=holdout.outputs[name].mean if has_rows else None,
             row_curvature=r / max(float(r.mean()), 1e-30),
         )
+
+    def _row_curvature(self, row: PlanRow) -> NDArray[np.float64]:
+        r = self.train.curvature[row.name].mean.astype(np.float64)
+        if len(r) != row.shape[-2]:
+            raise InputError(
+                f"curvature of {row.name}: got {len(r)} rows, expected {row.shape[-2]}. The matrices beside the imatrix do not fit; make them anew"
+            )
+        return r
 
     @staticmethod
     def _with_sink(grams: GramSet, name: str, gram: Gram) -> FloatArray:

@@ -235,8 +235,6 @@ def compute_imatrix(model: Path, output: Path | None = None, request: ImatrixReq
     if request.gradient and not source.is_checkpoint:
         raise UsageError("--gradient needs a backward pass, which only a checkpoint folder gives: give the folder instead of the GGUF, or leave it out")
     refuse_same_file(output, (*source.files, *request.in_files))
-    if request.gram and request.process_output and source.is_checkpoint:
-        raise UsageError("--process-output and --gram do not go together for a checkpoint folder: make the Gram matrices in a run of their own")
     chunks = calibration_chunks(source, request, settings)
 
     found: Found | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, Accumulator, Audience, HoldoutSplit, document_starts
+from loopgguf.accumulators import EMBEDDING, HEAD, Accumulator, Audience, HoldoutSplit, document_starts
 from loopgguf.architectures import find_family, read_hyperparameters
 from loopgguf.curvature import GramSums, gram_bytes, plan_passes
 from loopgguf.documents import load_json
@@ -26,7 +26,7 @@ from loopgguf.errors import InputError
 from loopgguf.hidden_states import HiddenStates, StateStorage, finished_layers
 from loopgguf.loss import PassResult, first_scored, scored_targets, summarize_pass
 from loopgguf.progress import Meter, Progress
-from loopgguf.torch_model import HEAD, VOCAB_SLAB, StreamedModel, WeightEdit, refuse_device
+from loopgguf.torch_model import VOCAB_SLAB, StreamedModel, WeightEdit, refuse_device
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ OnProbabilities = Callable[["torch.Tensor"], None]
 
 PHASE = "calibrate"
 _LOSSES = "losses.npy"
+_SUMS_AT_HEAD = "sums-at-head.npz"
 DEFAULT_MAX_MEMORY_BYTES = 2 << 30
 _ACTIVATIONS = 24  # floats per token that a backward pass keeps of a layer, in units of hidden + feed-forward size
 
@@ -92,9 +93,18 @@ class _Pass:
     """What forward and backward passes share: the model, the chunks, who listens, where hidden states are kept."""
 
     def __init__(
-        self, model: StreamedModel, chunks: TokenArray, documents: TokenArray | None, audience: Audience, storage: StateStorage, progress: Progress | None
+        self,
+        model: StreamedModel,
+        chunks: TokenArray,
+        documents: TokenArray | None,
+        audience: Audience,
+        storage: StateStorage,
+        progress: Progress | None,
+        *,
+        process_output: bool,
     ) -> None:
         self.model, self.chunks, self.documents, self.audience, self.storage = model, chunks, documents, audience, storage
+        self.process_output = process_output and not model.is_tied
         n_vocab = model.sizes.n_vocab
         if not 0 <= int(chunks.min()) <= int(chunks.max()) < n_vocab:
             raise InputError(f"token ids: got up to {int(chunks.max())}, expected less than vocab_size {n_vocab} of {model.checkpoint.folder / 'config.json'}")
@@ -109,6 +119,13 @@ class _Pass:
     def begin(self, c: int) -> None:
         """Tell the audience that chunk c follows."""
         self.audience.begin_chunk(self.numbers[c], self.starts(c))
+
+    def show_head(self, X: torch.Tensor) -> None:
+        """Show the inputs X (n_ctx, n_embd) of the head: to all where that was asked for, else to those that always want them."""
+        if self.process_output:
+            self.audience.add(HEAD, None, X)
+        else:
+            self.audience.add_head(X)
 
     def run_block(self, layers: Sequence[int], c: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the states (n_ctx, n_embd) of chunk c after these layers, whose weights are in memory."""
@@ -203,7 +220,7 @@ class _Labels:
 class _ForwardPass(_Pass):
     """Every layer in turn over all chunks, then the perplexity."""
 
-    def run(self, *, process_output: bool, on_layer: OnLayer | None) -> PassResult:
+    def run(self, on_layer: OnLayer | None) -> PassResult:
         n_layers = len(self.model.layers)
         done = len(finished_layers(self.storage.folder)) if self.storage.folder else 0
         self.meter.n_steps = len(self.chunks) * (n_layers + self.model.n_head_slabs)
@@ -215,10 +232,10 @@ class _ForwardPass(_Pass):
             states = self.run_layer(i, states, on_layer)
         self.model.forget()
         with self.model.norm() as norm:
-            if process_output and not self.model.is_tied:
+            if self.process_output or self.audience.wants_head:
                 for c in range(len(self.chunks)):
                     self.begin(c)
-                    self.audience.add(HEAD, None, norm(states.read(c).to(self.model.device)))
+                    self.show_head(norm(states.read(c).to(self.model.device)))
             return summarize_pass(self.score(states, norm))
 
     def run_layer(self, i: int, states: HiddenStates, on_layer: OnLayer | None) -> HiddenStates:
@@ -285,8 +302,8 @@ def _constant(gradient: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 class _GradientPass(_Pass):
     """Forward to the labels and back, block by block, or chunk by chunk where the whole model is in memory."""
 
-    def __init__(self, *args: Any, numbers: Sequence[int], label_seed: int, on_layer: OnLayer | None) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, numbers: Sequence[int], label_seed: int, on_layer: OnLayer | None, process_output: bool) -> None:
+        super().__init__(*args, process_output=process_output)
         self.numbers, self.label_seed, self.on_layer = numbers, label_seed, on_layer
         self._losses: NDArray[np.float64] | None = None
 
@@ -339,6 +356,7 @@ class _GradientPass(_Pass):
 
                 def gradient_of(after: torch.Tensor, c: int = c, scores: _Scores = scores) -> torch.Tensor:
                     normed = norm(after)
+                    self.show_head(normed)
                     for start, rows in slabs:
                         scores.add(0, start, normed @ rows.T)
                     labels, total = _Labels(scores, [self.numbers[c]], self.label_seed, self.model.device), None
@@ -363,8 +381,11 @@ class _GradientPass(_Pass):
         found = [(i, states) for i, block in enumerate(blocks) if (states := self.storage.find(self.label("gradient", block.start)))][:1]
         left, gradients = (blocks[: found[0][0]], found[0][1]) if found else (blocks, None)
         borders = self.before_blocks(left)
+        gradients = gradients or self.storage.find(self.label("tail", blocks[-1].stop))
         if gradients is None:
             gradients = self.after_head(blocks[-1], borders[-1])
+        else:
+            self.take_up_head()
         self.meter.reach(self.meter.n_steps - 3 * len(self.chunks) * sum(map(len, left)))
         for block, border in zip(reversed(left), reversed(borders), strict=True):
             gradients = self.run_block_backward(block, border, gradients)
@@ -372,7 +393,8 @@ class _GradientPass(_Pass):
             self.begin(c)
             embedded, gradient = (values.to(self.model.device) for values in (self.model.embed(self.chunks[c]), gradients.read(c)))
             self.audience.add_gradient(EMBEDDING, embedded, gradient)
-        return summarize_pass(self.losses())
+        assert self._losses is not None
+        return summarize_pass(self._losses)
 
     def before_blocks(self, blocks: Sequence[range]) -> list[HiddenStates]:
         """Return the states before each of the blocks: those that a job left, or new ones."""
@@ -392,25 +414,24 @@ class _GradientPass(_Pass):
         return after
 
     def after_head(self, block: range, border: HiddenStates) -> HiddenStates:
-        """Return the gradients at the output of the last block, and keep the losses of the scored tokens."""
-        found = self.storage.find(self.label("tail", block.stop))
-        if found is not None:
-            return found
+        """Return the gradients at the output of the last block, and keep the losses of the scored tokens and the sums so far."""
         last = self.storage.find(self.label("border", block.stop)) or self.run_block_forward(block, border)
         with self.model.norm() as norm:
             self._losses, gradients = self.differentiate_head(last, norm)
         if self.storage.folder is not None:
             np.save(self.storage.folder / _LOSSES, self._losses)
+            sums: dict[str, Any] = dict(self.audience.state())
+            np.savez(self.storage.folder / _SUMS_AT_HEAD, **sums)
         gradients.publish()
         self.storage.drop(last)
         return gradients
 
-    def losses(self) -> NDArray[np.float64]:
-        """Return the losses of the scored tokens; a resumed job has them in its folder."""
-        if self._losses is None:
-            assert self.storage.folder is not None
-            self._losses = np.load(self.storage.folder / _LOSSES, allow_pickle=False)
-        return self._losses
+    def take_up_head(self) -> None:
+        """Go on from what a job kept in its folder when the head was done: the losses, and what the audience summed up of it."""
+        assert self.storage.folder is not None
+        self._losses = np.load(self.storage.folder / _LOSSES, allow_pickle=False)
+        with np.load(self.storage.folder / _SUMS_AT_HEAD, allow_pickle=False) as sums:
+            self.audience.restore(dict(sums))
 
     def differentiate_head(self, states: HiddenStates, norm: Callable[[torch.Tensor], torch.Tensor]) -> tuple[NDArray[np.float64], HiddenStates]:
         """Return the losses of the scored tokens and the gradients at the last layer's output."""
@@ -429,8 +450,9 @@ class _GradientPass(_Pass):
             is_last = start + len(rows) == self.model.sizes.n_vocab
             for c in range(len(self.chunks)):
                 X = normed(c)
-                if self.audience.wants_head:
-                    self.begin(c)
+                self.begin(c)
+                if start == 0:
+                    self.show_head(X)
                 part = labels.gradient(c, X @ rows.T, rows, is_last=is_last, tell=self.head_listener(start, X))
                 gradients.write(c, part if start == 0 else part.add_(gradients.read(c).to(self.model.device)))
                 self.meter.step()
@@ -501,9 +523,9 @@ def collect_from_checkpoint(
     with _torch_settings(n_threads, device):
         model = StreamedModel(folder, attention="eager" if audience.wants_attention else "sdpa", device=device, edits=edits)
         storage = StateStorage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _ForwardPass(model, chunks, documents, audience, storage, progress)
+        run = _ForwardPass(model, chunks, documents, audience, storage, progress, process_output=process_output)
         try:
-            return run.run(process_output=process_output, on_layer=on_layer)
+            return run.run(on_layer)
         finally:
             storage.close()
 
@@ -521,6 +543,7 @@ def collect_gradients(
     device: str = "cpu",
     progress: Progress | None = None,
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
+    process_output: bool = False,
     plan: GradientPlan | None = None,
     on_layer: OnLayer | None = None,
     work: Path | None = None,
@@ -541,7 +564,8 @@ def collect_gradients(
     with _torch_settings(n_threads, device):
         model = StreamedModel(folder, attention="eager" if audience.wants_attention else "sdpa", device=device)
         storage = StateStorage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
-        run = _GradientPass(model, chunks, documents, audience, storage, progress, numbers=numbers, label_seed=label_seed, on_layer=on_layer)
+        how: dict[str, Any] = {"numbers": numbers, "label_seed": label_seed, "on_layer": on_layer, "process_output": process_output}
+        run = _GradientPass(model, chunks, documents, audience, storage, progress, **how)
         try:
             return run.run_whole() if plan.is_whole and work is None else run.run_streamed(plan.blocks)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -291,9 +292,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
     if basis.stored is not None:
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
-        layers = {tensor_role(name).layer for name, job in left.items() if may_have_feedback(job.row, is_tied=is_tied)}
-        if not source.is_checkpoint:
-            layers.discard(None)  # embeddings go by gradients
+        has_feedback = functools.partial(may_have_feedback, is_tied=is_tied, has_gradients=source.is_checkpoint)
+        layers = {tensor_role(name).layer for name, job in left.items() if has_feedback(job.row)}
         if layers:
             _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))

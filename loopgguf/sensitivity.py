@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import EMBEDDING, refuse_non_finite, to_numpy
+from loopgguf.accumulators import EMBEDDING, HEAD, refuse_non_finite, to_numpy
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import write_cached
 from loopgguf.curvature import GramSet
@@ -27,7 +27,6 @@ from loopgguf.curvature import GramSet
 FloatArray = NDArray[np.float32]
 
 VERSION = 3  # of the numbers: part of their fingerprint in the cache
-HEAD = "output.weight"  # tied or not
 # An error of values is alike in all tokens that attention averages over, so it adds up where the formula, which takes
 # tokens one by one, has it cancel: measured ÷ estimated is 1.9 on a real model and on the demo, and 0.8 to 1.2 for all others.
 _COHERENCE = {"attn_v": 2.0}

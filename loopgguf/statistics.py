@@ -20,7 +20,7 @@ from typing import Literal, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import Columns, ColumnSums, FloatArray
+from loopgguf.accumulators import HEAD, Columns, ColumnSums, FloatArray
 from loopgguf.container import (
     MAX_NAME_BYTES,
     GgufFile,
@@ -52,7 +52,6 @@ _MAX_COUNT = 2.0**48  # tokens: far beyond any text, and sums of counts stay exa
 FLOOR = np.float32(1e-6)
 # the input embedding is looked up, not multiplied: no column of it is ever seen, and a tied head goes by its name
 NEVER_COLLECTED = "token_embd.weight"
-HEAD = "output.weight"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TokenArray = NDArray[np.int32]
 
-HEAD = "output.weight"
 VOCAB_SLAB = 16384  # rows of the head that are float32 in memory at a time; labels do not depend on it
 
 

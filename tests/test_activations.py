@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_llama import write_tiny_llama
 
 from loopgguf import ggml
 from loopgguf.accumulators import ColumnSums, HoldoutSplit, Spikes
@@ -183,6 +184,19 @@ def test_process_output_adds_the_head(demo_gguf: Path, chunks: np.ndarray):
     sums = ColumnSums()
     collect_from_gguf(demo_gguf, chunks[:1], [sums], n_threads=THREADS, process_output=True)
     assert "output.weight" in sums.columns()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_shows_its_input_to_matrices_alone(tied: bool, tmp_path: Path):
+    """Catches a tied head that error feedback knows nothing of, or a head that an imatrix then has data for unasked."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", tied=tied)
+    tokens = np.arange(32, dtype=np.int32)[None] + 3
+    sums, grams = ColumnSums(), GramSums()
+    collect_from_gguf(path, tokens, [sums, grams], n_threads=THREADS)
+    head = grams.take().inputs["output_norm", None]
+    assert not {"output.weight", "token_embd.weight"} & set(sums.columns())
+    assert head.n_tokens == 32
+    np.testing.assert_allclose(np.trace(head.mean), len(head.total), rtol=1e-3)  # the norm before it has weights of one
 
 
 def test_an_accumulators_error_ends_the_pass(demo_gguf: Path, chunks: np.ndarray):
@@ -419,8 +433,10 @@ def test_gram_matrices_equal_stored_activations(llama_pass, demo_gguf: Path, chu
     train, rest = GramSums(), GramSums()
     collect_from_gguf(demo_gguf, chunks, [], n_threads=THREADS, split=HoldoutSplit([train], [rest], frozenset({2})))
     for grams, numbers in ((train.take(), [0, 1, 3]), (rest.take(), [2])):
-        assert len(grams.inputs) == 24
+        assert len(grams.inputs) == 25
         for (group, _), gram in grams.inputs.items():
+            if group == "output_norm":
+                continue
             weight = {"attn_norm": "attn_k", "ffn_norm": "ffn_up"}.get(group.split(".")[2], group.split(".")[2])
             slabs = recorder.slabs[f"blk.{group.split('.')[1]}.{weight}.weight", None]
             X = np.concatenate([slabs[i] for i in numbers]).astype(np.float64)

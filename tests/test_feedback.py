@@ -9,7 +9,7 @@ from loopgguf.architectures import input_group
 from loopgguf.compensate import FAST, FULL, mixed
 from loopgguf.curvature import Curvature, FirstToken, Gram, GramSet
 from loopgguf.errors import InputError
-from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, SINK, Compensate, Feedback, stored_feedback
+from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, SINK, Compensate, Feedback, may_have_feedback, stored_feedback
 from loopgguf.formats import GgmlType
 from loopgguf.planner import PlanRow
 
@@ -68,9 +68,31 @@ def test_experts_are_joined_by_their_layer() -> None:
         assert np.allclose(found.held_out, own * np.eye(N)) and np.allclose(found.objective, mixed(found.held_out))
 
 
+def test_the_head_needs_no_imatrix() -> None:
+    """A head without feedback, because an imatrix has no data for it; or one under the matrices of the last layer."""
+    name = "output.weight"
+    half = GramSet(inputs={(input_group(name), None): _gram(1.0)}, weighted={name: _gram(3.0)}, curvature={name: Curvature(np.arange(1.0, N + 1), ENOUGH)})
+    row = _row(name, uses_imatrix=False)
+    found = _curvature(Feedback(half, half), row)
+    assert may_have_feedback(row, is_tied=False, has_gradients=False)
+    assert np.allclose(found.held_out, 3 * np.eye(N)) and np.isclose(found.row_curvature.mean(), 1.0)
+    assert np.allclose(_curvature(Feedback(GramSet(inputs=half.inputs), GramSet(inputs=half.inputs)), row).held_out, np.eye(N))
+
+
+def test_frequencies_weigh_the_verdict_on_embeddings() -> None:
+    """A rare token's row that decides whether the rows of all others are kept."""
+    name = "token_embd.weight"
+    half = GramSet(outputs={name: _gram(1.0)}, curvature={name: Curvature(np.arange(1.0, N + 1), 2)})
+    found = _curvature(Feedback(half, half), _row(name, uses_imatrix=False))
+    E = np.zeros((N, N), np.float32)
+    E[3] = 1
+    assert found.estimate(E) == pytest.approx(4 / 2 * N)
+
+
 def test_what_is_left_to_the_plain_encoder() -> None:
     """Feedback under noise, under nothing, or under half of what a tied embedding is for."""
-    few = GramSet(inputs={(GROUP, None): _gram(1.0, ENOUGH - 1)}, outputs={"token_embd.weight": _gram(1.0)})
+    frequencies = {"token_embd.weight": Curvature(np.ones(N), ENOUGH)}
+    few = GramSet(inputs={(GROUP, None): _gram(1.0, ENOUGH - 1)}, outputs={"token_embd.weight": _gram(1.0)}, curvature=frequencies)
     feedback, embedding = Feedback(few, few), _row("token_embd.weight", uses_imatrix=False)
     assert _curvature(feedback, _row("blk.0.attn_q.weight")) is None
     assert _curvature(feedback, _row("blk.1.attn_q.weight")) is None

@@ -118,7 +118,8 @@ def sample_labels(logits: np.ndarray, number: int) -> np.ndarray:
 
 
 def whole_model_gradients(folder: Path, chunks: np.ndarray, permuted: bool) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Return (inputs, gradients at the outputs) per chunk of every linear and of the embedding, from autograd on the whole model."""
+    """Return (inputs, gradients at the outputs) per chunk of every linear and of the embedding, from autograd on the whole model;
+    of the head its inputs and the probabilities."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,6 +144,7 @@ def whole_model_gradients(folder: Path, chunks: np.ndarray, permuted: bool) -> d
             torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for hf, (X, Y) in kept.items():
             if hf == "lm_head":
+                seen.setdefault("output.weight", []).append((X.detach()[0].numpy(), torch.softmax(Y.detach()[0].double(), 1).numpy()))
                 continue
             G = Y.grad[0].numpy()
             name = "token_embd.weight"
@@ -164,17 +166,29 @@ def assert_close(got: np.ndarray, expected: np.ndarray, name: str) -> None:
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=name)
 
 
+def assert_equals_head(grams: GramSet, X: np.ndarray, P: np.ndarray) -> None:
+    """Compare what is known of the head with its inputs and the probabilities; p (1 − p) is a squared gradient for the expected label."""
+    squares, X = P * (1 - P), X.astype(np.float64)
+    assert grams.weighted["output.weight"].n_tokens == grams.inputs["output_norm", None].n_tokens == len(X)
+    assert_close(grams.inputs["output_norm", None].mean, X.T @ X / len(X), "H of the head")
+    assert_close(grams.weighted["output.weight"].mean, (X * squares.mean(axis=1)[:, None]).T @ X / len(X), "H_w of the head")
+    assert_close(grams.curvature["output.weight"].mean, squares.mean(axis=0), "r of the head")
+    assert_close(grams.curvature["token_embd.weight"].mean, P.mean(axis=0), "frequencies of tokens")
+
+
 def assert_equals_autograd(grams: GramSet, seen: dict[str, list[tuple[np.ndarray, np.ndarray]]], numbers: list[int]) -> None:
-    for name, slabs in seen.items():
+    assert_equals_head(grams, *(np.concatenate([slab[part] for slab in (seen["output.weight"][i] for i in numbers)]) for part in (0, 1)))
+    for name in set(seen) - {"output.weight"}:
+        slabs = seen[name]
         G = np.concatenate([slabs[i][1] for i in numbers]).astype(np.float64)
         if name == "token_embd.weight" or not any(kind in name for kind in ("ffn_gate", "ffn_up")):
             assert grams.outputs[name].n_tokens == len(G)
             assert_close(grams.outputs[name].mean, G.T @ G / len(G), f"H_O or G0 of {name}")
         else:
             assert name not in grams.outputs
-        assert_close(grams.curvature[name].mean, (G**2).mean(axis=0), f"r of {name}")
         if name == "token_embd.weight":
             continue
+        assert_close(grams.curvature[name].mean, (G**2).mean(axis=0), f"r of {name}")
         X = np.concatenate([slabs[i][0] for i in numbers]).astype(np.float64)
         w = (G**2).mean(axis=1)
         assert_close(grams.weighted[name].mean, (X * w[:, None]).T @ X / len(X), f"H_w of {name}")

@@ -157,14 +157,13 @@ def test_imatrix_of_folder_and_gguf_agree(demo_model: Path, demo_gguf: Path) -> 
 
 def test_gram_matrices_lie_beside_the_imatrix(demo_model: Path, demo_gguf: Path) -> None:
     """Matrices of other tokens than the imatrix beside them: the diagonal of H must be its mean squares."""
-    request = ImatrixRequest(n_samples=4, ctx_size=128, gradient=True, gram=True)
+    request = ImatrixRequest(n_samples=4, ctx_size=128, gradient=True, gram=True, process_output=True)
     for model, wanted in ((demo_model, request), (demo_gguf, replace(request, gradient=False))):
         made = compute_imatrix(model, Path(f"{model.name}.imatrix.gguf"), wanted)
         grams = load_grams(made.path)
-        key = ("blk.2.ffn_norm", None)
-        total = grams.train.inputs[key].total + grams.holdout.inputs[key].total
-        sums = made.statistics.columns["blk.2.ffn_up.weight"].sum_squares[0]
-        assert np.allclose(np.diag(total), sums, rtol=1e-3)
+        for group, weight in (("blk.2.ffn_norm", "blk.2.ffn_up.weight"), ("output_norm", "output.weight")):
+            total = grams.train.inputs[group, None].total + grams.holdout.inputs[group, None].total
+            assert np.allclose(np.diag(total), made.statistics.columns[weight].sum_squares[0], rtol=1e-3)
         assert ("blk.2.ffn_up.weight" in grams.train.weighted) == wanted.gradient
         [shown] = sink_tables(inspect_file(made.path).layers)
         assert shown.row_count == 6

@@ -18,10 +18,16 @@ def tiny_tokens() -> list[str]:
 
 
 def write_tiny_llama(
-    path: Path, *, noise: float = 0.0, tokens: list[str] | None = None, broken: bool = False, changes: Mapping[str, Value | None] | None = None
+    path: Path,
+    *,
+    noise: float = 0.0,
+    tokens: list[str] | None = None,
+    broken: bool = False,
+    tied: bool = False,
+    changes: Mapping[str, Value | None] | None = None,
 ) -> Path:
-    """Write a one-layer F32 Llama with random weights; `noise` perturbs them, `broken` puts a NaN into the last norm;
-    `changes` replaces metadata, or (None) leaves it out."""
+    """Write a one-layer F32 Llama with random weights; `noise` perturbs them, `broken` puts a NaN into the last norm; `tied`
+    leaves the head out, which the embeddings then are; `changes` replaces metadata, or (None) leaves it out."""
     tokens = tokens or tiny_tokens()
     generator, disturb = np.random.default_rng(0), np.random.default_rng(1)
     shapes = {
@@ -35,6 +41,8 @@ def write_tiny_llama(
     weights = {name: (generator.normal(size=shape) * 0.3).astype(np.float32) for name, shape in shapes.items()}
     weights = {name: w + noise * disturb.normal(size=w.shape).astype(np.float32) for name, w in weights.items()}
     weights |= {name: np.ones(N_EMBD, np.float32) for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight")}
+    if tied:
+        del weights["output.weight"]
     if broken:
         weights["output_norm.weight"][3] = np.nan
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": N_EMBD, "feed_forward_length": N_FF, "attention.head_count": 2}
