@@ -6,7 +6,8 @@ chunks first, which drops most swaps early, then chunks that this swap has not s
 more than `CERTAIN` paired standard errors, for one standard error would let a sixth of all idle swaps pass. In the end
 the plan must beat the one it began with on chunks that no swap has seen, or the latter is kept. Trials are written with
 plain encoders, and only what changed is encoded again. All that was measured also says how far estimates are off as a
-whole, so that the KLD of the plan that stays is predicted in nats.
+whole, so that the KLD of the plan that stays is predicted in nats. Where a KLD was asked for and not a size, the plan is in
+the end made again for other sizes, until the smallest file is found that measures no more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table, 
 from loopgguf.opening import Settings, model_fields, model_name
 from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, load_plan, save_plan
-from loopgguf.planner import Plan, SizedPlan, SizeProblem, plan_size, size_problem
+from loopgguf.planner import Plan, SizedPlan, SizeProblem, budget_for_kld, plan_size, size_problem
 from loopgguf.profile import load_profile
 from loopgguf.publish import Reuse, publish, total_bytes
 from loopgguf.recovery import selection_chunks
@@ -42,6 +43,9 @@ SEARCH_CTX = 256
 MIN_CHUNKS = 12
 FACTORS = (2.0, 0.5)
 CERTAIN = 2.5  # paired standard errors
+MAX_AIMS = 6  # files that are written to find the size of a KLD
+CLOSE = 0.98  # of a KLD that was asked for: enough
+AIM = 0.99  # of it, as what falls short by little is made once more
 
 Tokens = NDArray[np.int32]
 Tilt = Mapping[str, float]
@@ -130,10 +134,14 @@ def _search(
         shutil.rmtree(job.work)  # a killed run's
         search = _Search(source, resolved, resolved.sized, request, reference, chunks.tokens, settings, job)
         plan = search.run(time.monotonic() + 60 * request.search.minutes)
+        if request.target_kld_nats is not None:
+            plan = search.aim(plan, request.target_kld_nats)
     finally:
         shutil.rmtree(job.work, ignore_errors=True)
     save_plan(SavedPlan(plan, model_name(source.path), resolved.sized.total_bytes, None), found, overwrite=True)
     notes = [*(f"search: {swap}" for swap in search.swaps if swap.is_kept), search.verdict]
+    if search.aimed is not None:
+        return {"notes": [*notes, search.aimed[0]], "predicted": [search.aimed[1].value, search.aimed[1].standard_error]}
     predicted = predict(search.measured, search.estimate(plan))
     if predicted is None:
         return {"notes": notes, "predicted": None}
@@ -157,6 +165,8 @@ class _Search:
     swaps: list[Swap] = field(default_factory=list)
     measured: list[tuple[float, float]] = field(default_factory=list)  # estimated and measured mean KLD of a file on some chunks
     verdict: str = ""
+    aimed: tuple[str, Measure] | None = None  # what came of the search for a KLD, and the KLD that was measured
+    n_written: int = 0
     tilt: Tilt = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)  # plans that are no better than the best there is
 
@@ -191,6 +201,43 @@ class _Search:
         what = f"mean KLD {difference.value:+.3g} ± {difference.standard_error or 0:.2g} on chunks no swap has seen"
         self.verdict = f"search: {len(self.swaps)} swaps tried, {n_kept} kept, {what}{'' if is_better else ': not confirmed, the first plan stays'}"
         return self.best.plan if is_better else self.first.plan
+
+    def aim(self, plan: Plan, target_nats: float) -> Plan:
+        """Return the plan of the smallest file that was seen to have at most this mean KLD; of the best file where none has.
+
+        plan: of the first or the best file. Each file tells by how much estimates are off at its size, and so the next size.
+        Raises UsageError where that is out of reach.
+        """
+        is_searched = plan is self.best.plan
+        table, file = tilted(self.table, self.tilt if is_searched else {}), self.best if is_searched else self.first
+        seen = [(file, self._kld(file))]
+        while len(seen) < MAX_AIMS and not CLOSE * target_nats <= seen[-1][1].value <= target_nats:
+            before, kld = seen[-1]
+            file = self._write(self._plan_for(target_nats, kld.value / _estimate(table, before.plan), table), before)
+            before.path.unlink()
+            seen.append((file, self._kld(file)))
+
+        def rank(found: tuple[_File, Measure]) -> tuple[bool, float]:
+            is_above = found[1].value > target_nats
+            return is_above, found[1].value if is_above else found[0].result.total_bytes
+
+        file, kld = min(seen, key=rank)
+        error = f" ± {kld.standard_error:.2g}" if kld.standard_error is not None else ""
+        missed = f"; {target_nats:g} was not reached" if kld.value > target_nats else ""
+        self.aimed = f"target: mean KLD {kld.value:.4g}{error} on selection text, with plain encoders, by {len(seen)} files{missed}", kld
+        return file.plan
+
+    def _plan_for(self, target_nats: float, factor: float, table: ErrorTable) -> Plan:
+        """Return the plan of the smallest file with this KLD, where files have `factor` times their estimate."""
+        try:
+            budget_bytes = budget_for_kld(self.problem, table, AIM * target_nats / factor, self._file_bytes)
+        except UsageError as error:
+            raise UsageError(f"--target-kld {target_nats:g}: files have {factor:.3g} times their estimated KLD, so it is out of reach ({error})") from None
+        return plan_size(self.problem, table, budget_bytes, self._file_bytes).plan
+
+    def _kld(self, file: _File) -> Measure:
+        """Return the mean KLD of a file on the chunks of swaps."""
+        return measure_qualities([file.path], self.reference, self.pool, n_threads=self.settings.n_threads, progress=self._progress)[0].mean_kld_nats
 
     def _swaps(self) -> Iterator[tuple[str, float]]:
         """Yield (kind, factor), those of the largest estimated error first; a round after each that kept one."""
@@ -237,8 +284,7 @@ class _Search:
 
     def estimate(self, plan: Plan) -> float:
         """Return the estimated KLD of a plan, whatever the tilt that it was made with."""
-        damages = (self.table.rows[row.name].damage(row.type) for row in plan.rows if row.name in self.table.rows)
-        return sum(damage.estimated_error for damage in damages if damage is not None)
+        return _estimate(self.table, plan)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.settings.progress is not None:
@@ -256,7 +302,8 @@ class _Search:
         """Write a plan with plain encoders, taking over what it shares with a file."""
         reuse = Reuse.of(like.result, like.path, plan) if like is not None else None
         order = replace(self.resolved.order(self.request), plan=plan, compensate=Compensate.OFF, reuse=reuse)
-        path = self.job.work / f"{len(self.swaps) + 1 if like is not None else 0}.gguf"
+        path = self.job.work / f"{self.n_written}.gguf"
+        self.n_written += 1
         settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False)
         try:
             return _File(path, publish(self.source, order, path, settings, ()))
@@ -266,6 +313,11 @@ class _Search:
 
 def _is_certain(difference: Measure) -> bool:
     return difference.standard_error is not None and difference.value < -CERTAIN * difference.standard_error
+
+
+def _estimate(table: ErrorTable, plan: Plan) -> float:
+    damages = (table.rows[row.name].damage(row.type) for row in plan.rows if row.name in table.rows)
+    return sum(damage.estimated_error for damage in damages if damage is not None)
 
 
 def predict(measured: Sequence[tuple[float, float]], estimate: float) -> Measure | None:

@@ -255,6 +255,26 @@ def test_predictions_are_the_estimate_times_what_files_have_more() -> None:
     assert search.predict([(1.0, 2.0)] * 2, 3.0) is None
 
 
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_a_kld_that_was_asked_for_is_measured(factor: float, model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a size that rests on the estimate alone, a file above the target where a later one is not, and files left in the job folder."""
+    source = open_source(model)
+    resolved = resolve(source, request_, SETTINGS)
+    with Job(tmp_path / "job", {}) as job:
+        aiming = search._Search(source, resolved, resolved.sized, request_, model, np.zeros((12, 8), np.int32), SETTINGS, job)
+        aiming.table = ErrorTable({name: replace(row, basis=Basis.GRADIENTS) for name, row in aiming.table.rows.items()})
+        start = aiming.estimate(resolved.plan)
+        monkeypatch.setattr(search._Search, "_kld", lambda self, file: Measure(factor * start * (self.estimate(file.plan) / start) ** 0.8, 1e-6))
+        target = 0.7 * start
+        plan = aiming.aim(aiming.run(0), target)
+        assert aiming.aimed is not None and "not reached" not in aiming.aimed[0]
+        assert 0.9 * target < aiming.aimed[1].value <= target
+        assert aiming.aimed[1] == Measure(factor * start * (aiming.estimate(plan) / start) ** 0.8, 1e-6)
+        assert len(list(job.work.glob("*.gguf"))) == 1
+        with pytest.raises(UsageError, match=r"--target-kld 1e-12: files have .* times their estimated KLD"):
+            aiming.aim(plan, 1e-12)
+
+
 def test_tilt() -> None:
     """Catches a factor on another kind of tensor, or on what is not the estimate."""
     damage = TypeDamage(GgmlType.Q4_0, 1.0, 2.0, 3.0)
