@@ -2,17 +2,17 @@
 
 A checkpoint folder is run forwards and backwards over the calibration text: a linear's weight is encoded under the mix of
 H and H_w and judged by H_w on the tenth of the text that was held out, the head too; the token embeddings, whose input is
-one-hot, go by G0, the covariance of the gradient at their output. A GGUF has no backward pass: there H alone decides, in which keys and
-values weigh the first token `SINK`-fold, because nearly every head of a trained model attends to it. An expert's few
-tokens are joined by those of all experts of its layer. A layer's matrices are given away as soon as they are complete and
-are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
+one-hot, go by G0, the covariance of the gradient at their output, and where they are the head too by the sum of both
+uses. A GGUF has no backward pass: there H alone decides, in which keys and values weigh the first token `SINK`-fold,
+because nearly every head of a trained model attends to it. An expert's few tokens are joined by those of all experts of
+its layer. A layer's matrices are given away as soon as they are complete and are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -56,17 +56,16 @@ class Compensate(StrEnum):
 
 
 def may_have_feedback(row: PlanRow, *, is_tied: bool, has_gradients: bool) -> bool:
-    """Tell whether a pass gives matrices to encode a tensor with error feedback: one with an imatrix, the head, or with gradients
-    embeddings that are not the head too."""
-    return row.uses_imatrix or _is_head(row) or (has_gradients and _is_lookup(row, is_tied=is_tied))
+    """Tell whether a pass gives matrices to encode a tensor with error feedback: one with an imatrix, the head, embeddings that
+    are the head too, or with gradients any."""
+    if _is_of_vocabulary(row):
+        return row.name == HEAD or is_tied or has_gradients
+    return row.uses_imatrix
 
 
-def _is_head(row: PlanRow) -> bool:
-    return row.name == HEAD and row.is_encoded and row.type in QUANTIZED_TYPES
-
-
-def _is_lookup(row: PlanRow, *, is_tied: bool) -> bool:
-    return row.name == EMBEDDING and not is_tied and row.is_encoded and row.type in QUANTIZED_TYPES
+def _is_of_vocabulary(row: PlanRow) -> bool:
+    """Tell whether a tensor is a quantized head or embedding, which need no imatrix."""
+    return row.name in (EMBEDDING, HEAD) and row.is_encoded and row.type in QUANTIZED_TYPES
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,33 @@ class Feedback:
     holdout: GramSet
 
     def curvature(self, row: PlanRow, *, is_tied: bool) -> Callable[[int], LossCurvature | None] | None:
-        """Return what gives, by its number, the curvature of each matrix of a tensor; None where it is left to the plain encoder.
-
-        A tied embedding is the head too, which G0 says nothing of.
-        """
-        if _is_lookup(row, is_tied=is_tied):
-            return (lambda matrix: self._of_embedding(row)) if EMBEDDING in self.train.outputs else None
-        if not row.uses_imatrix and not _is_head(row):
+        """Return what gives, by its number, the curvature of each matrix of a tensor; None where it is left to the plain encoder."""
+        if _is_of_vocabulary(row):
+            return self._of_vocabulary(row, is_tied=is_tied)
+        if not row.uses_imatrix:
             return None
         return (lambda matrix: self._of_weight(row)) if len(row.shape) == 2 else self._of_experts(row)
 
-    def _of_embedding(self, row: PlanRow) -> LossCurvature | None:
+    def _of_vocabulary(self, row: PlanRow, *, is_tied: bool) -> Callable[[int], LossCurvature | None] | None:
+        if row.name == EMBEDDING and not is_tied:
+            return (lambda matrix: self._of_lookup(row)) if EMBEDDING in self.train.outputs else None
+        if (input_group(HEAD), None) not in self.train.inputs:
+            return None
+        return lambda matrix: self._of_weight(row) if row.name == HEAD else self._of_tied(row)
+
+    def _of_tied(self, row: PlanRow) -> LossCurvature | None:
+        """Return the sum of both uses of the embeddings, which are commensurable: both are of the same loss, per token.
+
+        As a lookup row i costs f_i eᵀ G0 e, as the head r_i / mean r · eᵀ H_w e. How often a token occurs, f_i, and how
+        uncertain its prediction is, r_i, go together so closely that one sum serves all rows: Σ f is 1, Σ r / mean r is n_out.
+        """
+        as_head = self._of_weight(replace(row, name=HEAD))
+        if as_head is None or HEAD not in self.train.weighted:
+            return as_head
+        train, held_out = (grams.outputs[EMBEDDING].mean + row.shape[-2] * grams.weighted[HEAD].mean for grams in (self.train, self.holdout))
+        return replace(as_head, objective=train, held_out=held_out)
+
+    def _of_lookup(self, row: PlanRow) -> LossCurvature | None:
         """Return G0; how often tokens occur cannot change a code, for it is constant along a row, but it weighs the verdict."""
         train, holdout = self.train.outputs[EMBEDDING], self.holdout.outputs.get(EMBEDDING)
         if holdout is None or not _are_enough(train, holdout):

@@ -89,6 +89,26 @@ def test_frequencies_weigh_the_verdict_on_embeddings() -> None:
     assert found.estimate(E) == pytest.approx(4 / 2 * N)
 
 
+def test_a_tied_embedding_is_encoded_for_both_its_uses() -> None:
+    """Feedback under half of what a tied embedding is for, or under a sum of a mean over rows and a total."""
+    head, name = "output.weight", "token_embd.weight"
+    grams = GramSet(
+        inputs={(input_group(head), None): _gram(1.0)},
+        weighted={head: _gram(3.0)},
+        outputs={name: _gram(5.0)},
+        curvature={head: Curvature(np.arange(1.0, N + 1), ENOUGH), name: Curvature(np.ones(N), ENOUGH)},
+    )
+    row = _row(name, uses_imatrix=False)
+    found = _curvature(Feedback(grams, grams), row, is_tied=True)
+    assert np.allclose(found.objective, (5 + 3 * N) * np.eye(N)) and np.allclose(found.held_out, found.objective)
+    E = np.zeros((N, N), np.float32)
+    E[3] = 1
+    assert found.estimate(E) == pytest.approx((5 + 3 * N) * N * 4 / np.arange(1, N + 1).mean())
+    without = GramSet(inputs=grams.inputs)
+    assert np.allclose(_curvature(Feedback(without, without), row, is_tied=True).objective, np.eye(N))
+    assert may_have_feedback(row, is_tied=True, has_gradients=False) and not may_have_feedback(row, is_tied=False, has_gradients=False)
+
+
 def test_what_is_left_to_the_plain_encoder() -> None:
     """Feedback under noise, under nothing, or under half of what a tied embedding is for."""
     frequencies = {"token_embd.weight": Curvature(np.ones(N), ENOUGH)}
