@@ -1,7 +1,8 @@
 """A plan by size, made better by measuring: where estimates rank kinds of tensors wrongly, swaps of the same bytes set it right.
 
-A swap plans the size anew with the estimated errors of one kind of tensor taken for twice or for half what they are: its
-tensors get larger types and others pay for them, or the other way round. Both files are run on selection text, a few
+The first swap is for llama-quantize's best preset within the size. Every other plans the size anew with the estimated errors
+of one kind of tensor taken for twice or for half what they are: its tensors get larger types and others pay for them, or
+the other way round. Both files are run on selection text, a few
 chunks first, which drops most swaps early, then chunks that this swap has not seen; it stays where the mean KLD falls by
 more than `CERTAIN` paired standard errors, for one standard error would let a sixth of all idle swaps pass. In the end
 the plan must beat the one it began with on chunks that no swap has seen, or the latter is kept. Trials are written with
@@ -32,7 +33,7 @@ from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table, 
 from loopgguf.opening import Settings, model_fields, model_name
 from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, load_plan, save_plan
-from loopgguf.planner import Plan, SizedPlan, SizeProblem, budget_for_kld, plan_size, size_problem
+from loopgguf.planner import Plan, SizedPlan, SizeProblem, budget_for_kld, plan_preset, plan_size, size_problem
 from loopgguf.profile import load_profile
 from loopgguf.publish import Reuse, publish, total_bytes
 from loopgguf.recovery import selection_chunks
@@ -78,15 +79,13 @@ def search_chunks(source: Source, request: QuantizeRequest, settings: Settings) 
 class Swap:
     """One swap that was tried: what was changed, by how much the mean KLD rose on the last chunks it saw, and whether it stays."""
 
-    kind: str
-    factor: float
+    what: str
     difference_nats: Measure
     is_kept: bool
 
     def __str__(self) -> str:
         error = "" if self.difference_nats.standard_error is None else f" ± {self.difference_nats.standard_error:.2g}"
-        direction = "up" if self.factor > 1 else "down"
-        return f"{self.kind} {direction}: mean KLD {self.difference_nats.value:+.3g}{error}, {'kept' if self.is_kept else 'dropped'}"
+        return f"{self.what}: mean KLD {self.difference_nats.value:+.3g}{error}, {'kept' if self.is_kept else 'dropped'}"
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,10 @@ class _Search:
 
     def run(self, deadline: float) -> Plan:
         """Try swaps until none is left or time is up; return the plan that the last chunks confirm."""
-        for kind, factor in self._swaps():
+        for what, plan, tilt in self._swaps():
             if time.monotonic() > deadline:
                 break
-            self._try(kind, factor, len(self.swaps))
+            self._try(what, plan, tilt)
         n_kept = sum(swap.is_kept for swap in self.swaps)
         if not n_kept:
             n = len(self.swaps)
@@ -239,7 +238,27 @@ class _Search:
         """Return the mean KLD of a file on the chunks of swaps."""
         return measure_qualities([file.path], self.reference, self.pool, n_threads=self.settings.n_threads, progress=self._progress)[0].mean_kld_nats
 
-    def _swaps(self) -> Iterator[tuple[str, float]]:
+    def _swaps(self) -> Iterator[tuple[str, Plan, Tilt]]:
+        """Yield what each swap is, its plan, and its tilt."""
+        preset = self._preset()
+        if preset is not None:
+            yield preset[0], preset[1], self.tilt
+        for kind, factor in self._tilts():
+            tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
+            plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes, self.sized.kept_bytes).plan
+            yield f"{kind} {'up' if factor > 1 else 'down'}", plan, tilt
+
+    def _preset(self) -> tuple[str, Plan] | None:
+        """Return llama-quantize's best preset within the size, what it is and as a plan; None where there is none."""
+        if self.sized.best_preset is None:
+            return None
+        what, problem = f"preset {self.sized.best_preset[0]}", self.problem
+        preset = plan_preset(problem.tensors, problem.metadata, self.sized.best_preset[0], problem.rules, problem.has_importance)
+        types = {row.name: row.type for row in preset.rows}
+        plan = problem.plan(what, {request.tensor.name: types[request.tensor.name] for request in problem.requests}, f"{what}, measured")
+        return (what, plan) if self._file_bytes(plan) + self.sized.kept_bytes <= self.sized.budget_bytes else None
+
+    def _tilts(self) -> Iterator[tuple[str, float]]:
         """Yield (kind, factor), those of the largest estimated error first; a round after each that kept one."""
         errors: dict[str, float] = {}
         for row in self.table.rows.values():
@@ -253,20 +272,18 @@ class _Search:
             if sum(swap.is_kept for swap in self.swaps) == before:
                 return
 
-    def _try(self, kind: str, factor: float, number: int) -> None:
-        tilt = {**self.tilt, kind: self.tilt.get(kind, 1.0) * factor}
-        plan = plan_size(self.problem, tilted(self.table, tilt), self.sized.budget_bytes, self._file_bytes, self.sized.kept_bytes).plan
+    def _try(self, what: str, plan: Plan, tilt: Tilt) -> None:
         key = content_key(*_types(plan).items())
         if key in self.tried or _types(plan) == _types(self.best.plan):
             return
         trial = self._write(replace(plan, intent=f"{self.resolved.plan.intent}, searched"), self.best)
-        chunks = np.roll(self.pool, number * (len(self.pool) // 3), axis=0)
+        chunks = np.roll(self.pool, len(self.swaps) * (len(self.pool) // 3), axis=0)
         few, rest = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :]
         difference = self._difference(trial, self.best, few)
         if difference.value < 0:
             difference = self._difference(trial, self.best, rest)
         is_kept = difference.value < 0 and _is_certain(difference)
-        self.swaps.append(Swap(kind, factor, difference, is_kept))
+        self.swaps.append(Swap(what, difference, is_kept))
         self.settings.announce(f"search: {self.swaps[-1]}")
         loser = self.best if is_kept else trial
         if loser is not self.first:

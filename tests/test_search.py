@@ -23,6 +23,7 @@ from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import GATE_BYTES, Search, resolve
 from loopgguf.opening import cut_text
 from loopgguf.planner import TypeRules, parse_overrides, plan_size
+from loopgguf.presets import PRESETS
 from loopgguf.protection import NOTHING_FOUND, Protection
 from loopgguf.search import tilted
 from loopgguf.source import open_source
@@ -93,7 +94,8 @@ def test_a_swap_that_is_certain_stays_and_is_confirmed(model: Path, request_: Qu
     assert used.isdisjoint({tuple(chunk) for chunk in seen[-1]}), "the last chunks are new to all swaps"
     assert any("not confirmed" in note for note in result.notes)  # the last comparison says that it is worse
 
-    monkeypatch.setattr(search._Search, "_swaps", lambda self: iter([("attn_q", 64.0)]))
+    monkeypatch.setattr(search._Search, "_preset", lambda self: None)
+    monkeypatch.setattr(search._Search, "_tilts", lambda self: iter([("attn_q", 64.0)]))
     judge(monkeypatch, BETTER)
     better = quantize(model, tmp_path / "better.gguf", request_, SETTINGS)
     assert any("1 kept" in note and "not confirmed" not in note for note in better.notes)
@@ -101,6 +103,20 @@ def test_a_swap_that_is_certain_stays_and_is_confirmed(model: Path, request_: Qu
     assert better.total_bytes <= SIZE
     text = read_gguf(tmp_path / "better.gguf").metadata["loopgguf.selection.dataset"].data
     assert text == "selection.txt"
+
+
+def test_the_best_preset_is_a_swap(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a file by size that is worse than the preset of that size, because the preset was only estimated."""
+    preset = quantize(model, tmp_path / "preset.gguf", replace(request_, search=None, size_bytes=None, quant_type="Q4_0"), SETTINGS)
+    monkeypatch.setattr(search._Search, "_tilts", lambda self: iter([]))
+    judge(monkeypatch, BETTER)
+    request = replace(request_, size_bytes=preset.total_bytes + GATE_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr("loopgguf.planner.PRESETS", {"Q4_0": PRESETS["Q4_0"]})
+        result = quantize(model, tmp_path / "out.gguf", request, SETTINGS)
+    assert types_of(tmp_path / "out.gguf") == types_of(tmp_path / "preset.gguf")
+    assert any(note.startswith("search: preset Q4_0: ") for note in result.notes)
+    assert result.total_bytes <= preset.total_bytes + GATE_BYTES
 
 
 def test_a_real_search_ends(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +166,8 @@ def test_a_plan_that_was_found_is_not_searched_again(model: Path, request_: Quan
     """Catches a run stopped after its search that searches anew, finds another plan in other minutes, and refuses its own job; and a
     stop in the search that says that something is kept."""
     output, judged = tmp_path / "out.gguf", judge(monkeypatch, BETTER)
-    monkeypatch.setattr(search._Search, "_swaps", lambda self: iter([("attn_q", 64.0)]))
+    monkeypatch.setattr(search._Search, "_preset", lambda self: None)
+    monkeypatch.setattr(search._Search, "_tilts", lambda self: iter([("attn_q", 64.0)]))
     with monkeypatch.context() as patch:
         patch.setattr(search._Search, "_difference", lambda self, *_: (setattr(self.job, "should_stop", True), self._progress("", 0, 1)))
         with pytest.raises(Interrupted, match=r"at swap 1 .* searches anew"):
