@@ -12,7 +12,7 @@ width or another number of threads must not change the arithmetic of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from scipy import linalg
 
 from loopgguf import ggml
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
-from loopgguf.grids import Grid, find_grid
+from loopgguf.grids import find_grid
 from loopgguf.super_weights import Pins, encode_rows, pins_between, restore_missed_rows
 
 if TYPE_CHECKING:
@@ -101,28 +101,28 @@ def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins 
 class Effort:
     """How hard feedback tries.
 
-    dampings: those tried on a sample of rows; the best of them encodes the tensor. max_sweeps: 0 hands errors from block
-    to block around the encoder; else the codes inside a block are chosen one after the other too, with the scales that
-    the encoder found, and then in the light of all others, at most so many times.
+    dampings: those tried on a sample of rows; the best of them encodes the tensor. sweeps: 0 hands errors from block to
+    block around the encoder; else single codes are then moved, with the scales that the encoder found, each in the light of
+    all others of its block of rows, so many times at most. is_thorough: the codes inside a block of columns are chosen one
+    after the other too, and in the end as many sweeps go over all rows, each in the light of all others.
     """
 
     dampings: tuple[Damping, ...]
-    max_sweeps: int = 0
+    sweeps: int = 0
+    is_thorough: bool = False
 
 
 class Columns:
-    """Feedback along the rows: everything that depends on H, the width of a block and the effort alone, computed once for many rows."""
+    """Feedback along the rows: everything that depends on H and the width of a block alone, computed once for many rows.
 
-    def __init__(self, H: Matrix, width: int, grid: Grid | None = None, max_sweeps: int = 0) -> None:
-        self.width, self.max_sweeps = width, max_sweeps
+    rounding: to choose the codes inside a block one after the other; None leaves them as the encoder chose them.
+    """
+
+    def __init__(self, H: Matrix, width: int, rounding: Rounding | None = None) -> None:
+        self.width, self._rounding = width, rounding
         U = feedback_factor(H)
         self._carries = _carries(U, width)
-        self.rounding: Rounding | None = None
-        if max_sweeps and grid is not None:
-            from loopgguf.rounding import Rounding  # here, because numba takes its time to be imported
-
-            self.rounding = Rounding(grid, H)
-            self._factors = [np.ascontiguousarray(U[start : start + width, start : start + width]) for start in range(0, len(H), width)]
+        self._factors = [np.ascontiguousarray(U[i : i + width, i : i + width]) for i in range(0, len(H), width)] if rounding is not None else []
 
     def encode(self, W: FloatArray, encode: Encode, out: ggml.ByteArray) -> FloatArray:
         """Encode W (n, n_in) block by block into `out` (n, row bytes); return what it decodes to, (n, n_in) float32."""
@@ -130,19 +130,12 @@ class Columns:
         for b, carry in enumerate(self._carries):
             columns = slice(b * self.width, (b + 1) * self.width)
             packed, decoded[:, columns] = encode(target[:, columns], columns.start)
-            if self.rounding is not None:
-                packed = self.rounding.round_block(packed, target[:, columns], self._factors[b])
-                decoded[:, columns] = self.rounding.decode(packed)
+            if self._rounding is not None:
+                packed = self._rounding.round_block(packed, target[:, columns], self._factors[b])
+                decoded[:, columns] = self._rounding.decode(packed)
             out[:, position : position + packed.shape[1]] = packed
             position += packed.shape[1]
             target[:, columns.stop :] += (decoded[:, columns] - target[:, columns]) @ carry
-        if self.rounding is None:
-            return decoded
-        for start in range(0, len(W), SLAB_ROWS):
-            rows = slice(start, start + SLAB_ROWS)
-            G = (decoded[rows] - W[rows]) @ self.rounding.H
-            out[rows], _ = self.rounding.descend(out[rows], G, np.eye(len(G), dtype=np.float32), self.max_sweeps)
-            decoded[rows] = self.rounding.decode(out[rows])
         return decoded
 
 
@@ -153,45 +146,66 @@ def compensate(
     *,
     importance: FloatArray,
     H_O: Matrix | None = None,
-    max_sweeps: int = 0,
+    sweeps: int = 0,
+    is_thorough: bool = False,
     pins: Pins | None = None,
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
     W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
     encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. max_sweeps: as in `Effort`. pins: weights that the encoder keeps (single codes may move
-    later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
+    leaves the rows to themselves. sweeps, is_thorough: as in `Effort`. pins: weights that the encoder keeps (single codes
+    may move later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
     """
     n_out, n_in = W.shape
-    columns, encode = Columns(H, FORMATS[ggml_type].block, find_grid(ggml_type), max_sweeps), ggml_encoder(ggml_type, importance, pins, W)
-    packed = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8)
-    if H_O is None:
-        return packed, columns.encode(W, encode, packed)
-    target, decoded = W.astype(np.float32), np.empty_like(W)
-    for start, carry in zip(range(0, n_out, ROW_BLOCK), _carries(feedback_factor(H_O), ROW_BLOCK), strict=True):
-        stop = min(start + ROW_BLOCK, n_out)
-        encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, start, stop), W[start:stop])
-        decoded[start:stop] = columns.encode(target[start:stop], encode, packed[start:stop])
-        target[stop:] += carry.T @ (decoded[start:stop] - target[start:stop])
+    rounding = _rounding(ggml_type, H) if sweeps else None
+    columns = Columns(H, FORMATS[ggml_type].block, rounding if is_thorough else None)
+    packed, target, decoded = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8), W.astype(np.float32), np.empty_like(W)
+    for rows, coupling, carry in row_blocks(n_out, H_O):
+        encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, rows.start, rows.stop), W[rows])
+        decoded[rows] = columns.encode(target[rows], encode, packed[rows])
+        if rounding is not None:
+            packed[rows], _ = rounding.descend(packed[rows], coupling @ (decoded[rows] - target[rows]), coupling, sweeps)
+            decoded[rows] = rounding.decode(packed[rows])
+        if carry is not None:
+            target[rows.stop :] += carry.T @ (decoded[rows] - target[rows])
     del target
-    if columns.rounding is not None:
-        _descend_both(W, packed, decoded, columns.rounding, H_O, max_sweeps)
+    if rounding is not None and is_thorough and H_O is not None:
+        _descend_both(W, packed, decoded, rounding, H_O, sweeps)
     return packed, decoded
 
 
-def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, max_sweeps: int) -> None:
-    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place.
+def _rounding(ggml_type: GgmlType, H: Matrix) -> Rounding | None:
+    """Return what moves single codes of a type; None where it has no grid."""
+    from loopgguf.rounding import Rounding  # here, because numba takes its time to be imported
 
-    The gradient is computed afresh for each block of rows, so single precision is enough for it.
-    """
+    grid = find_grid(ggml_type)
+    return None if grid is None else Rounding(grid, H)
+
+
+def row_blocks(n_out: int, H_O: Matrix | None) -> Iterator[tuple[slice, FloatArray, FloatArray | None]]:
+    """Yield, for each block of rows, how its rows go together when those after it make good what they can, (n, n) float32,
+    and the matrix that turns its error into the change of those, (n, n_out − stop); None where rows are left to themselves."""
+    if H_O is None:
+        for start in range(0, n_out, SLAB_ROWS):
+            rows = slice(start, min(start + SLAB_ROWS, n_out))
+            yield rows, np.eye(rows.stop - start, dtype=np.float32), None
+        return
+    U = feedback_factor(H_O)
+    for start, carry in zip(range(0, n_out, ROW_BLOCK), _carries(U, ROW_BLOCK), strict=True):
+        rows = slice(start, min(start + ROW_BLOCK, n_out))
+        inverse = np.linalg.inv(U[rows, rows])
+        yield rows, (inverse @ inverse.T).astype(np.float32), carry
+
+
+def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, sweeps: int) -> None:
+    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place."""
     E, coupling = decoded - W, H_O.astype(np.float32, copy=False)
-    for _ in range(max_sweeps):
+    for _ in range(sweeps):
         n_moves = 0
         for start in range(0, len(W), ROW_BLOCK):
             rows = slice(start, start + ROW_BLOCK)
-            G = coupling[rows] @ E @ rounding.H
-            packed[rows], n = rounding.descend(packed[rows], G, np.ascontiguousarray(coupling[rows, rows]), 1)
+            packed[rows], n = rounding.descend(packed[rows], coupling[rows] @ E, np.ascontiguousarray(coupling[rows, rows]), 1)
             decoded[rows] = rounding.decode(packed[rows])
             E[rows] = decoded[rows] - W[rows]
             n_moves += n
@@ -252,8 +266,8 @@ class Encoding:
 PLAIN = "plain"
 FAILED = "feedback failed"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
-FAST = Effort((Damping(0.1),))
-FULL = Effort((Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), max_sweeps=8)
+FAST = Effort((Damping(0.1),), sweeps=1)
+FULL = Effort((Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), sweeps=8, is_thorough=True)
 PROBE_ROWS = 128  # on which dampings are compared
 
 
@@ -274,12 +288,12 @@ def encode_guarded(
         return plain
     objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
-    ways = {"columns and rows": damped(curvature.H_O, ROW_DAMPING)} if curvature.H_O is not None else {}
+    ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
         damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
         H = damped(objective, damping)
         for way, H_O in {**ways, "columns": None}.items():
-            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, max_sweeps=effort.max_sweeps, pins=pins)
+            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, sweeps=effort.sweeps, is_thorough=effort.is_thorough, pins=pins)
             if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
                 decoded = ggml.decode_rows(ggml_type, packed)
             ratio = curvature.estimate(decoded - W) / plain_error

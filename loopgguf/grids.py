@@ -220,11 +220,14 @@ def read_scales(grid: Grid, packed: ggml.ByteArray) -> Scales:
 
 def _decode_with(grid: Grid, packed: ggml.ByteArray, index: int) -> FloatArray:
     """Return what packed rows decode to with every index this one, and no negative sign."""
-    n, fmt = len(packed), FORMATS[grid.type]
-    n_in = packed.shape[1] // fmt.block_bytes * fmt.block
-    is_negative = None if grid.sign_places is None else np.zeros((n, n_in), np.bool_)
-    codes = Codes(np.full((n, n_in // grid.unit), index, np.int32), is_negative)
-    return ggml.decode_rows(grid.type, pack(grid, codes, packed))
+    fmt = FORMATS[grid.type]
+    places = grid.index_places if grid.sign_places is None else np.concatenate([grid.index_places.reshape(-1), grid.sign_places.reshape(-1)])
+    is_code, codes = np.zeros((2, 8 * fmt.block_bytes), np.uint8)
+    is_code[places] = 1
+    codes[grid.index_places] = (index >> np.arange(grid.index_places.shape[1])) & 1
+    others, same = np.packbits(1 - is_code, bitorder="little"), np.packbits(codes, bitorder="little")
+    blocks = packed.reshape(-1, fmt.block_bytes) & others | same
+    return ggml.decode_rows(grid.type, blocks.reshape(packed.shape))
 
 
 def points_of(grid: Grid, codes: Codes) -> FloatArray:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from loopgguf import ggml
 from loopgguf.ggml import ByteArray, FloatArray
-from loopgguf.grids import Codes, Grid, pack, read_scales, unpack
+from loopgguf.grids import Codes, Grid, Places, pack, read_scales, unpack
 
 Matrix = NDArray[np.floating[Any]]
+
+VISITED_COLUMNS = 128  # of a descent at once: a constant, as the widths of `compensate.py`
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -181,40 +183,38 @@ def round_unit_block(
 def _spread(G: Any, i: Any, before: Any, coupling: Any) -> None:
     """Let the rows after row i know how its gradient changed: what row i did, they feel through the coupling of rows."""
     for k in range(i + 1, len(G)):
-        part = np.float32(coupling[k, i] / coupling[i, i])
+        part = coupling[k, i] / coupling[i, i]
         if part != 0:
             for j in range(G.shape[1]):
                 G[k, j] += part * (G[i, j] - before[j])
 
 
 @_compiled
-def descend_scalar(G: Any, H: Any, coupling: Any, scale: Any, offset: Any, levels: Any, is_uniform: Any, place: Any, max_sweeps: Any) -> Any:
-    """Move one level at a time where that lowers tr(C E H Eᵀ), C (n, n) the coupling of rows; return how many moved.
+def visit_scalar(G: Any, H: Any, coupling: Any, scale: Any, levels: Any, is_uniform: Any, place: Any, change: Any) -> Any:
+    """Move each level of a block of columns where that lowers tr(C E H Eᵀ), C (n, n) the coupling of rows; return how many moved.
 
-    G = C E H, (n, n_in), is kept up, for the rows at hand and within them.
+    All (n, width): G = C E H, which is kept up for what is still to be visited, `scale`, `place` and `change`, that of E.
+    H: (width, width), the block's part.
     """
-    n, n_in = G.shape
+    n, width = G.shape
     n_moves = 0
     for i in range(n):
-        before_row = G[i].copy()
-        for _ in range(max_sweeps):
-            before = n_moves
-            for j in range(n_in):
-                s = scale[i, j]
-                if s == 0:
-                    continue
-                level, curvature = levels[place[i, j]], coupling[i, i] * H[j, j]
-                q = nearest_level(level - G[i, j] / (curvature * s), levels, is_uniform)
-                change = s * (levels[q] - level)
-                if change * (2 * G[i, j] + change * curvature) < 0:
-                    place[i, j] = q
-                    change = np.float32(change * coupling[i, i])
-                    for k in range(n_in):
-                        G[i, k] += change * H[j, k]
-                    n_moves += 1
-            if n_moves == before:
-                break
-        _spread(G, i, before_row, coupling)
+        before = G[i].copy()
+        for j in range(width):
+            s = scale[i, j]
+            if s == 0:
+                continue
+            level, curvature = levels[place[i, j]], coupling[i, i] * H[j, j]
+            q = nearest_level(level - G[i, j] / (curvature * s), levels, is_uniform)
+            step = s * (levels[q] - level)
+            if step * (G[i, j] + G[i, j] + step * curvature) < 0:
+                place[i, j] = q
+                change[i, j] = step
+                step *= coupling[i, i]
+                for k in range(width):
+                    G[i, k] += step * H[j, k]
+                n_moves += 1
+        _spread(G, i, before, coupling)
     return n_moves
 
 
@@ -240,7 +240,7 @@ def _step_down(g: Any, inverse: Any, curvature: Any, now: Any, wish: Any) -> Non
 
 
 @_compiled
-def descend_units(
+def visit_units(
     G: Any,
     H: Any,
     coupling: Any,
@@ -253,39 +253,36 @@ def descend_units(
     has_parity: Any,
     index: Any,
     negative: Any,
-    max_sweeps: Any,
+    change: Any,
 ) -> Any:
     """The same for codes of several columns. metrics, inverses, own: H_bb, H_bb⁻¹ and `own_costs` of each run of columns
     chosen together."""
-    n, n_in = G.shape
+    n, width = G.shape
     unit, step = len(columns), metrics.shape[1]
     now, then, wish = np.empty(step), np.empty(step), np.empty(step)
     mine, signs = np.empty(step // unit, index.dtype), np.zeros(step, negative.dtype)
     n_moves = 0
     for i in range(n):
-        before_row, c = G[i].copy(), coupling[i, i]
-        for _ in range(max_sweeps):
-            before = n_moves
-            for b in range(n_in // step):
-                first, stop = b * step, (b + 1) * step
-                s, old, old_signs = scale[i, first], index[i, first // unit : stop // unit], negative[i, first:stop]
-                if s == 0:
-                    continue
-                _values(s, columns, old, old_signs, now)
-                _step_down(G[i, first:stop], inverses[b], c, now, wish)
-                choose(wish / s, metrics[b], own[b], columns, has_signs, has_parity, mine, signs)
-                _values(s, columns, mine, signs, then)
-                if _gain(G[i, first:stop], metrics[b], c, now, then) < 0:
-                    old[:] = mine
-                    old_signs[:] = signs
-                    for j in range(step):
-                        change = np.float32(c * (then[j] - now[j]))
-                        for k in range(n_in):
-                            G[i, k] += change * H[first + j, k]
-                    n_moves += 1
-            if n_moves == before:
-                break
-        _spread(G, i, before_row, coupling)
+        before, c = G[i].copy(), coupling[i, i]
+        for b in range(width // step):
+            first, stop = b * step, (b + 1) * step
+            s, old, old_signs = scale[i, first], index[i, first // unit : stop // unit], negative[i, first:stop]
+            if s == 0:
+                continue
+            _values(s, columns, old, old_signs, now)
+            _step_down(G[i, first:stop], inverses[b], c, now, wish)
+            choose(wish / s, metrics[b], own[b], columns, has_signs, has_parity, mine, signs)
+            _values(s, columns, mine, signs, then)
+            if _gain(G[i, first:stop], metrics[b], c, now, then) < 0:
+                old[:] = mine
+                old_signs[:] = signs
+                for j in range(step):
+                    change[i, first + j] = then[j] - now[j]
+                    part = c * change[i, first + j]
+                    for k in range(width):
+                        G[i, k] += part * H[first + j, k]
+                n_moves += 1
+        _spread(G, i, before, coupling)
     return n_moves
 
 
@@ -293,12 +290,12 @@ def descend_units(
 
 
 class Rounding:
-    """The loops above for one type and one H (n_in, n_in), on packed rows; in single precision, which halves what the descents read."""
+    """The loops above for one type and one H (n_in, n_in), on packed rows; in single precision, which halves what they read."""
 
     def __init__(self, grid: Grid, H: Matrix) -> None:
         self.grid, self.H = grid, np.ascontiguousarray(H, np.float32)
         levels = grid.points[:, 0].astype(np.float32)
-        self._order = np.argsort(levels, kind="stable")
+        self._order = np.argsort(levels, kind="stable") if grid.unit == 1 else np.arange(len(levels))
         self._levels, self._place_of = levels[self._order], np.argsort(self._order)
         self._is_uniform = bool((np.diff(self._levels) == 1).all())
         self._columns = np.ascontiguousarray(grid.points.T, np.float64)
@@ -318,30 +315,45 @@ class Rounding:
         target (n, width) float32: the weights they are to meet. U (width, width): the block's part of U.
         """
         scales, T = read_scales(self.grid, packed), target.astype(np.float64)
+        place, negative = self._unpack(packed)
         if self.grid.unit == 1:
-            place = self._place_of[unpack(self.grid, packed).index]
             round_scalar_block(T, U, scales.scale, scales.offset, self._levels, self._is_uniform, place)
-            return self._pack_places(place, packed)
-        codes, negative = self._unpack_units(packed)
-        inverses = np.linalg.inv(_diagonal_blocks(U, self._step))
-        metrics = inverses @ inverses.transpose(0, 2, 1)
-        round_unit_block(T, U, metrics, inverses, self._own_costs(metrics), scales.scale, scales.offset, self._columns, *self._signed, codes.index, negative)
-        return pack(self.grid, codes, packed)
+        else:
+            inverses = np.linalg.inv(_diagonal_blocks(U, self._step))
+            metrics = inverses @ inverses.transpose(0, 2, 1)
+            own = self._own_costs(metrics)
+            round_unit_block(T, U, metrics, inverses, own, scales.scale, scales.offset, self._columns, *self._signed, place, negative)
+        return self._pack(place, negative, packed)
 
-    def descend(self, packed: ByteArray, G: Matrix, coupling: Matrix, max_sweeps: int) -> tuple[ByteArray, int]:
+    def descend(self, packed: ByteArray, CE: FloatArray, coupling: FloatArray, max_sweeps: int) -> tuple[ByteArray, int]:
         """Return packed rows with single codes moved until none is better elsewhere, or `max_sweeps` are done, and the moves.
 
-        G (n, n_in): C E H, half the gradient of tr(C E H Eᵀ) with C the coupling of all rows; coupling (n, n): C among these.
+        CE (n, n_in): C E of these rows, C the coupling of all rows and E the error, which is kept up; coupling (n, n): C among
+        these. A block of columns is visited at a time, under half the gradient C E H of tr(C E H Eᵀ) as it then is.
         """
-        scales = read_scales(self.grid, packed)
+        scale, (place, negative) = read_scales(self.grid, packed).scale, self._unpack(packed)
+        n_moves = 0
+        for _ in range(max_sweeps):
+            before = n_moves
+            for start in range(0, CE.shape[1], VISITED_COLUMNS):
+                block = slice(start, start + VISITED_COLUMNS)
+                G, change = CE @ self.H[block].T, np.zeros_like(CE[:, block])
+                n_moves += self._visit(block, G, coupling, scale[:, block].copy(), place, negative[:, block], change)
+                CE[:, block] += coupling @ change
+            if n_moves == before:
+                break
+        return self._pack(place, negative, packed), n_moves
+
+    def _visit(
+        self, block: slice, G: FloatArray, coupling: FloatArray, scale: FloatArray, place: Places, negative: NDArray[np.bool_], change: FloatArray
+    ) -> int:
+        """Move the codes of a block of columns, which are changed in place, and set `change`; return how many moved."""
+        H = self.H[block, block].copy()  # rows side by side become vector instructions
         if self.grid.unit == 1:
-            place = self._place_of[unpack(self.grid, packed).index]
-            n_moves = descend_scalar(G, self.H, coupling, scales.scale, scales.offset, self._levels, self._is_uniform, place, max_sweeps)
-            return self._pack_places(place, packed), n_moves
-        codes, negative = self._unpack_units(packed)
-        runs = (self._metrics, self._inverses, self._own)
-        n_moves = descend_units(G, self.H, coupling, *runs, scales.scale, self._columns, *self._signed, codes.index, negative, max_sweeps)
-        return pack(self.grid, codes, packed), n_moves
+            return int(visit_scalar(G, H, coupling, scale, self._levels, self._is_uniform, place[:, block], change))
+        runs, units = (slice(block.start // width, block.stop // width) for width in (self._step, self.grid.unit))
+        parts = (self._metrics[runs], self._inverses[runs], self._own[runs])
+        return int(visit_units(G, H, coupling, *parts, scale, self._columns, *self._signed, place[:, units], negative, change))
 
     def _own_costs(self, metrics: Matrix) -> Matrix:
         """Return what each point costs by itself in each run of columns; nothing for scalar types."""
@@ -350,14 +362,14 @@ class Rounding:
         costs: Matrix = own_costs(metrics, self._columns, self._signed[0])
         return costs
 
-    def _pack_places(self, place: NDArray[np.intp], packed: ByteArray) -> ByteArray:
-        return pack(self.grid, Codes(self._order[place].astype(np.int32)), packed)
-
-    def _unpack_units(self, packed: ByteArray) -> tuple[Codes, NDArray[np.bool_]]:
-        """Return the codes, and their signs as an array in any case: the loops take no None."""
+    def _unpack(self, packed: ByteArray) -> tuple[Places, NDArray[np.bool_]]:
+        """Return the codes as places in the order of `_order`, and their signs as an array in any case: the loops take no None."""
         codes = unpack(self.grid, packed)
-        none = np.zeros((len(codes.index), codes.index.shape[1] * self.grid.unit), np.bool_)
-        return codes, none if codes.is_negative is None else codes.is_negative
+        none = np.zeros((len(packed), codes.index.shape[1] * self.grid.unit), np.bool_)
+        return self._place_of[codes.index], none if codes.is_negative is None else codes.is_negative
+
+    def _pack(self, place: Places, negative: NDArray[np.bool_], packed: ByteArray) -> ByteArray:
+        return pack(self.grid, Codes(self._order[place].astype(np.int32), negative), packed)
 
 
 def _diagonal_blocks(M: Matrix, width: int) -> Matrix:

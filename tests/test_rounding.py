@@ -98,24 +98,27 @@ def _joint(C: np.ndarray, E: np.ndarray, H: np.ndarray) -> float:
 
 @pytest.mark.parametrize("ggml_type", [*SCALAR_TYPES, *UNIT_TYPES], ids=lambda t: t.name)
 def test_descents_lower_the_objective_and_keep_its_gradient(ggml_type: GgmlType) -> None:
-    """A move whose effect on the row itself, or on the rows after it, is not taken down: later moves then raise the loss."""
+    """A move whose effect on the row itself, on the rows after it or on other columns is not taken down: later moves then raise
+    the loss."""
     grid, W, H, packed = _case(ggml_type)
-    C = _covariance(len(W), 9)
+    H, C = H.astype(np.float32), _covariance(len(W), 9).astype(np.float32)
     rounding = Rounding(grid, H)
     before = ggml.decode_rows(ggml_type, packed) - W
-    G = C @ before @ H
-    moved, n_moves = rounding.descend(packed, G, C, 1)
-    after = ggml.decode_rows(ggml_type, moved) - W
+    CE = C @ before
+    once, n_moves = rounding.descend(packed, CE.copy(), C, 1)
+    after = ggml.decode_rows(ggml_type, once) - W
     assert n_moves > 0
     assert _joint(C, after, H) < _joint(C, before, H)
-    assert np.allclose(G[-1], (C @ after @ H)[-1], atol=1e-4 * np.abs(G).max())  # the last row has heard of all moves
+    twice, n_both = rounding.descend(packed, CE, C, 2)
+    again, n_second = rounding.descend(once, C @ after, C, 1)
+    assert n_both == pytest.approx(n_moves + n_second, rel=0.02) and np.mean(twice != again) < 0.02  # near-ties may fall otherwise
 
 
 def test_nothing_is_better_elsewhere_at_the_end() -> None:
     """Sweeps that end too early, or a nearest level that is none."""
     grid, W, H, packed = _case(GgmlType.Q3_K, n=2)
     rounding = Rounding(grid, H)
-    packed, _ = rounding.descend(packed, (ggml.decode_rows(grid.type, packed) - W) @ H, np.eye(2), 1000)
+    packed, _ = rounding.descend(packed, ggml.decode_rows(grid.type, packed) - W, np.eye(2, dtype=np.float32), 1000)
     E, scales, codes = ggml.decode_rows(grid.type, packed) - W.astype(np.float64), read_scales(grid, packed), unpack(grid, packed)
     G = E @ H
     for j in range(W.shape[1]):

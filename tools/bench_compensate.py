@@ -20,8 +20,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from loopgguf import ggml
-from loopgguf.compensate import FAST, FULL, ROW_DAMPING, Damping, LossCurvature, compensate, damped, encode_guarded, feedback_factor
-from loopgguf.formats import GgmlType
+from loopgguf.compensate import FAST, FULL, ROW_DAMPING, Columns, Damping, LossCurvature, compensate, damped, encode_guarded, feedback_factor, row_blocks
+from loopgguf.formats import FORMATS, GgmlType
 from loopgguf.opening import default_threads
 
 WEIGHTS_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # of the linears of Llama 2 7B
@@ -79,18 +79,19 @@ def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: i
     W = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
     H, H_O = covariance(n_columns, 1), damped(covariance(n_rows, 2), ROW_DAMPING)
     importance = np.diag(H).astype(np.float32)
-    factors = timed(lambda: (feedback_factor(H), feedback_factor(H_O)), n_threads)
-    print(f"{n_threads} threads, a tensor {n_rows} × {n_columns} each, M weights/s; factorizations of both sides {factors:.1f} s, taken off")
+    widths = {FORMATS[t].block for t in types}
+    factors = {width: timed(lambda w=width: (Columns(H, w), list(row_blocks(n_rows, H_O))), n_threads) for width in widths}
+    print(f"{n_threads} threads, a tensor {n_rows} × {n_columns} each, M weights/s; factors of both sides, {max(factors.values()):.1f} s, taken off")
     print(f"{'type':<9}{'libggml':>10}{'fast':>10}{'full':>10}")
     speeds: dict[str, float] = {}
     for ggml_type in types:
         works: dict[str, Callable[[], object]] = {
             "libggml": lambda t=ggml_type: ggml.encode_rows(t, W, importance),
-            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, max_sweeps=FAST.max_sweeps),
-            "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, max_sweeps=FULL.max_sweeps),
+            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FAST.sweeps),
+            "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FULL.sweeps, is_thorough=True),
         }
         for effort, work in works.items():
-            seconds = timed(work, n_threads) - (factors if effort != "libggml" else 0)
+            seconds = timed(work, n_threads) - (factors[FORMATS[ggml_type].block] if effort != "libggml" else 0)
             speeds[f"{ggml_type.name} {effort}"] = n_threads * W.size / max(seconds, 1e-3)
         print(f"{ggml_type.name:<9}" + "".join(f"{speeds[f'{ggml_type.name} {effort}'] / 1e6:>10.2f}" for effort in works), flush=True)
     return speeds
@@ -101,7 +102,7 @@ def compile_loops(types: list[GgmlType]) -> None:
     W, H = np.random.default_rng(0).standard_normal((32, 256), np.float32), covariance(256, 1)
     for ggml_type in types:
         ggml.initialize(ggml_type)
-        compensate(W, ggml_type, H, importance=np.ones(256, np.float32), H_O=covariance(32, 2), max_sweeps=1)
+        compensate(W, ggml_type, H, importance=np.ones(256, np.float32), H_O=covariance(32, 2), sweeps=1, is_thorough=True)
 
 
 def main() -> int:
