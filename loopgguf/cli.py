@@ -584,7 +584,7 @@ def quantize(
         CompensateMode,
         typer.Option(
             "--compensate",
-            help="Error feedback around the encoder (fast) or down to single codes (full); auto: full up to 2 billion weights.",
+            help="Error feedback around the encoder and once over single codes (fast), or thoroughly (full); auto: full up to 2 billion weights.",
         ),
     ] = CompensateMode.OFF,
     protect_super_weights: Annotated[

@@ -1,6 +1,6 @@
 """A file that must pass a gate: written, measured on the selection text, and made better in a fixed order until it passes.
 
-The order: error feedback down to single codes where it was off; then the tensors whose next type saves most estimated
+The order: thorough error feedback where it was off or fast; then the tensors whose next type saves most estimated
 error per byte, some at a time; then the worst in half precision. Every file is complete and verified, only what changed
 is encoded again, and the best is kept aside until it passes, or for good. The calibration text, the text of this module
 and the held-out text may not share content.
@@ -221,7 +221,7 @@ class _Recovery:
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     def _add_feedback(self, order: Order) -> Order:
-        """Encode again with error feedback down to single codes, where it was not on; return the order that further steps go on from."""
+        """Encode again with thorough error feedback, where it was not on; return the order that further steps go on from."""
         n_weights = self.source.n_weights
         is_on = order.compensate is not Compensate.OFF and order.compensate.effort(n_weights) is Compensate.FULL.effort(n_weights)
         fuller = replace(order, compensate=Compensate.FULL)
