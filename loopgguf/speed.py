@@ -31,8 +31,8 @@ N_IN = 2048
 PROMPT_TOKENS = 64
 _GENERATION_BYTES = 64 << 20  # of weights: more than processors cache
 _PROMPT_ROWS = 2048
-_N_REPEATS = 5
-_VERSION = 1  # of the numbers in the cache
+_SECONDS = 0.5  # that a product is repeated: on a busy machine some runs of many are not disturbed
+_VERSION = 2  # of the numbers in the cache
 
 _CPU_DEVICE = 0  # ggml_backend_dev_type of ggml-backend.h
 _TYPE_F32 = int(GgmlType.F32)
@@ -171,14 +171,14 @@ class Product:
 
 
 def _measure(ggml_type: GgmlType, n_rows: int, n_tokens: int, n_threads: int) -> float:
-    """Return weights × tokens per second of a product with random bytes: the best of a few, for other work only slows it."""
+    """Return weights × tokens per second of a product with random bytes: the best of many, for other work only slows it."""
     generator = np.random.default_rng(0)
     packed = generator.integers(0, 256, (n_rows, row_bytes(ggml_type, N_IN)), np.uint8)
     X = generator.standard_normal((n_tokens, N_IN), np.float32)
-    seconds = []
+    seconds: list[float] = []
     with Product(ggml_type, packed, X, n_threads=n_threads) as product:
         product.compute()
-        for _ in range(_N_REPEATS):
+        while not seconds or sum(seconds) < _SECONDS:
             start = time.perf_counter()
             product.compute()
             seconds.append(time.perf_counter() - start)

@@ -17,7 +17,7 @@ T = GgmlType
 
 
 @pytest.mark.parametrize("ggml_type", [t for t in DEFAULT_TYPES if not t.name.startswith("IQ1")])  # whose encoders take seconds to begin
-@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("n_tokens", [1, 64])
 def test_the_product_is_that_of_the_weights(ggml_type: GgmlType, n_tokens: int) -> None:
     """Would catch a time taken of something else: no work at all, other weights, or kernels that repacked weights do not suit."""
     generator = np.random.default_rng(0)
