@@ -1,13 +1,14 @@
 """How well estimated errors foretell the KLD: single tensors replaced, estimated and measured.
 
     python tools/bench_predictions.py [--model demo|smollm2|smollm2-wide|FOLDER]… [--text FILE…] [--types Q2_K,Q3_K,Q4_0] [--pairs 84]
-        [--chunks 8] [--ctx-size 256] [--calibration FILE…] [--imatrix FILE] [--svg FILE]
+        [--chunks 8] [--ctx-size 256] [--calibration FILE…] [--imatrix FILE] [--texts DIR] [--svg FILE]
 
 Of as many pairs (tensor, type), the tensors in turn, the weights are encoded as that type with the imatrix, decoded, and put
 into an F32 GGUF, which llama.cpp runs beside the F32 reference: so activations are rounded on neither side, and the mean KLD
 is that of these weights alone. Beside it stand the planner's estimate with gradients, the one without, and the mean squared
 error of the weights. Spearman's rank correlation of each with the measured KLD is what the bars are about: 0.9 with
-gradients, 0.7 without. `--svg` draws the measured over the estimated KLD.
+gradients, 0.7 without. `--texts DIR` takes the calibration, and the selection to measure on, from a folder by `texts.py`.
+`--svg` draws the measured over the estimated KLD.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import models
 import numpy as np
+import texts
 from bench_imatrix import load_tokens
 from scipy.stats import spearmanr
 
@@ -182,10 +184,14 @@ def main() -> int:
         "--calibration", nargs="+", type=Path, metavar="FILE", help="for gradients, and for the imatrix unless one is given (default: what ships)"
     )
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see texts.py")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw measured over estimated")
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="loopgguf-predictions-") as scratch:
+            if options.texts is not None:
+                cut = texts.cut_splits(options.texts, Path(scratch) / "texts")
+                options.calibration, options.text = options.calibration or cut.calibration, options.text or cut.selection
             reached = [bench_model(name, Path(scratch), options) for name in models.model_names(options)]
     except LoopggufError as error:
         print(f"bench_predictions: {error}", file=sys.stderr)
