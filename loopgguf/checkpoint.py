@@ -47,6 +47,7 @@ from numpy.typing import NDArray
 from loopgguf.container import flush_folder
 from loopgguf.documents import parse_json
 from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
+from loopgguf.progress import Progress
 from loopgguf.safetensor import read_array, read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,20 @@ class StopRequest:
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, StopRequest) and self.should_stop:  # what came too late for us is for what we are a part of
                 outer.should_stop = True
+
+    def stopping(self, progress: Progress | None, interrupted: Callable[[int, int], str]) -> Progress:
+        """Return a progress callback that passes on what it is told and then, where the user has asked to stop, raises Interrupted.
+
+        interrupted: (done, total) → what is kept of the work, and how to go on.
+        """
+
+        def wrapped(phase: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(phase, done, total)
+            if self.should_stop:
+                raise Interrupted(interrupted(done, total))
+
+        return wrapped
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.should_stop:

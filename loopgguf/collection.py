@@ -28,7 +28,7 @@ from loopgguf.activations import (
 from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import ENGINE, Job, Resumable, Steps
 from loopgguf.curvature import GramSet
-from loopgguf.errors import InputError, Interrupted
+from loopgguf.errors import InputError
 from loopgguf.grams import GramWriter
 from loopgguf.hidden_states import finished_layers
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, plan_gradient_pass
@@ -250,14 +250,7 @@ def _restore(steps: Steps, job: Job, collectors: Mapping[str, Collector], finish
 
 def _stop_at_once(job: Job, progress: Progress | None) -> Progress:
     """Return a progress callback that ends a pass which is one single step, when the user has asked to stop."""
-
-    def wrapped(phase: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(phase, done, total)
-        if job.should_stop:
-            raise Interrupted("interrupted: this pass is one step and nothing of it is kept. Run the same command again to start anew")
-
-    return wrapped
+    return job.stopping(progress, lambda *_: "interrupted: this pass is one step and nothing of it is kept. Run the same command again to start anew")
 
 
 def stop_between_steps(job: Job, progress: Progress | None, describe: Callable[[], str]) -> Progress:

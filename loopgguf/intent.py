@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
-from loopgguf.errors import Interrupted, UsageError
+from loopgguf.errors import UsageError
 from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
 from loopgguf.evaluation import Measure
 from loopgguf.feedback import Compensate
@@ -24,7 +24,6 @@ from loopgguf.planfile import check_plan, imatrix_digest, load_plan
 from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, budget_for_kld, describe_sized, plan_preset, plan_profile, plan_size, size_problem
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
-from loopgguf.progress import Progress
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
 from loopgguf.publish import Order, total_bytes
 from loopgguf.source import Source
@@ -220,20 +219,12 @@ def measure_table(source: Source, requests: Sequence[Request], importance: Impor
             gradients=gradients,
             sampling=Sampling(is_exact=request.exact_errors),
             n_threads=settings.n_threads,
-            progress=_stopping(settings, stop),
+            progress=stop.stopping(settings.progress, _interrupted),
         )
 
 
-def _stopping(settings: Settings, stop: StopRequest) -> Progress:
-    """Return a progress callback that ends the measuring of errors, tensor by tensor, when the user has asked to stop."""
-
-    def wrapped(phase: str, done: int, total: int) -> None:
-        if settings.progress is not None:
-            settings.progress(phase, done, total)
-        if stop.should_stop:
-            raise Interrupted(f"interrupted after the errors of {done} of {total} tensors; they are kept in the cache. Run the same command again to go on")
-
-    return wrapped
+def _interrupted(done: int, total: int) -> str:
+    return f"interrupted after the errors of {done} of {total} tensors; they are kept in the cache. Run the same command again to go on"
 
 
 def _resolve_saved(source: Source, path: Path, request: QuantizeRequest, settings: Settings) -> Resolved:

@@ -191,7 +191,8 @@ class _Recovery:
                 settings = replace(settings, job_folder=job_folder(path), resume=False, keep_job=False)
             result = publish(self.source, order, path, settings, ())
             is_written = True
-            quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self._progress)
+            progress = self.job.stopping(self.settings.progress, self._interrupted)
+            quality = measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=progress)
             reading = read_quality(quality)
             is_better = is_first or self.gate.miss(reading) < self.gate.miss(self.reading)
             self.steps.append(GateStep(step, None if is_first else self.reading, reading, result.total_bytes, is_better))
@@ -203,20 +204,14 @@ class _Recovery:
         except Interrupted:
             if is_first and not is_written:  # its tensors are kept, and gone on with
                 raise
-            raise self._interrupted() from None
+            raise Interrupted(self._interrupted()) from None
         finally:
             for path in (self.trial, manifest_path(self.trial), part_path(self.trial)):
                 path.unlink(missing_ok=True)
             shutil.rmtree(job_folder(self.trial), ignore_errors=True)
 
-    def _progress(self, phase: str, done: int, total: int) -> None:
-        if self.settings.progress is not None:
-            self.settings.progress(phase, done, total)
-        if self.job.should_stop:
-            raise self._interrupted()
-
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(f"interrupted at file {len(self.steps) + 1} of the gate; the same command begins with the first again, and replaces {self.aside}")
+    def _interrupted(self, *_: int) -> str:
+        return f"interrupted at file {len(self.steps) + 1} of the gate; the same command begins with the first again, and replaces {self.aside}"
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 

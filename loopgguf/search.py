@@ -27,7 +27,7 @@ from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import SEARCH, Job, State, content_key, open_stage
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorRow, ErrorTable
-from loopgguf.evaluation import Measure, compare_paired, measure_qualities
+from loopgguf.evaluation import Measure, Quality, compare_paired, measure_qualities
 from loopgguf.feedback import Compensate
 from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table, with_pins
 from loopgguf.opening import Settings, model_fields, model_name
@@ -236,7 +236,7 @@ class _Search:
 
     def _kld(self, file: _File) -> Measure:
         """Return the mean KLD of a file on the chunks of swaps."""
-        return measure_qualities([file.path], self.reference, self.pool, n_threads=self.settings.n_threads, progress=self._progress)[0].mean_kld_nats
+        return self._measure([file], self.pool)[0].mean_kld_nats
 
     def _swaps(self) -> Iterator[tuple[str, Plan, Tilt]]:
         """Yield what each swap is, its plan, and its tilt."""
@@ -295,7 +295,7 @@ class _Search:
 
     def _difference(self, a: _File, b: _File, tokens: Tokens) -> Measure:
         """Return the mean KLD of a less that of b, in nats."""
-        qualities = measure_qualities([a.path, b.path], self.reference, tokens, n_threads=self.settings.n_threads, progress=self._progress)
+        qualities = self._measure([a, b], tokens)
         self.measured += [(self.estimate(file.plan), quality.mean_kld_nats.value) for file, quality in zip((a, b), qualities, strict=True)]
         return compare_paired(*qualities).mean_kld_difference_nats
 
@@ -303,14 +303,12 @@ class _Search:
         """Return the estimated KLD of a plan, whatever the tilt that it was made with."""
         return _estimate(self.table, plan)
 
-    def _progress(self, phase: str, done: int, total: int) -> None:
-        if self.settings.progress is not None:
-            self.settings.progress(phase, done, total)
-        if self.job.should_stop:
-            raise self._interrupted()
+    def _measure(self, files: Sequence[_File], tokens: Tokens) -> list[Quality]:
+        progress = self.job.stopping(self.settings.progress, self._interrupted)
+        return measure_qualities([file.path for file in files], self.reference, tokens, n_threads=self.settings.n_threads, progress=progress)
 
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(f"interrupted at swap {len(self.swaps) + 1} of the search, of which nothing is kept: the same command searches anew")
+    def _interrupted(self, *_: int) -> str:
+        return f"interrupted at swap {len(self.swaps) + 1} of the search, of which nothing is kept: the same command searches anew"
 
     def _file_bytes(self, plan: Plan) -> int:
         return total_bytes(self.source, replace(self.resolved.order(self.request), plan=plan))
@@ -325,7 +323,7 @@ class _Search:
         try:
             return _File(path, publish(self.source, order, path, settings, ()))
         except Interrupted:
-            raise self._interrupted() from None
+            raise Interrupted(self._interrupted()) from None
 
 
 def _is_certain(difference: Measure) -> bool:

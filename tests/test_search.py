@@ -162,6 +162,12 @@ def test_trials_lie_in_the_job_folder(model: Path, request_: QuantizeRequest, tm
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.gguf", "out.gguf.sha256"]
 
 
+def stop_while_it_measures(self: search._Search, a: search._File, b: search._File, tokens: object) -> None:
+    """As `_Search._difference`, with a signal that comes meanwhile."""
+    self.job.should_stop = True
+    self._measure([a, b], tokens)
+
+
 def test_a_plan_that_was_found_is_not_searched_again(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run stopped after its search that searches anew, finds another plan in other minutes, and refuses its own job; and a
     stop in the search that says that something is kept."""
@@ -169,7 +175,7 @@ def test_a_plan_that_was_found_is_not_searched_again(model: Path, request_: Quan
     monkeypatch.setattr(search._Search, "_preset", lambda self: None)
     monkeypatch.setattr(search._Search, "_tilts", lambda self: iter([("attn_q", 64.0)]))
     with monkeypatch.context() as patch:
-        patch.setattr(search._Search, "_difference", lambda self, *_: (setattr(self.job, "should_stop", True), self._progress("", 0, 1)))
+        patch.setattr(search._Search, "_difference", stop_while_it_measures)
         with pytest.raises(Interrupted, match=r"at swap 1 .* searches anew"):
             quantize(model, output, request_, SETTINGS)
     assert not list(tmp_path.iterdir())
