@@ -143,6 +143,12 @@ OutputTypeOption = Annotated[str | None, typer.Option("--output-tensor-type", he
 EmbeddingTypeOption = Annotated[str | None, typer.Option("--token-embedding-type", help="Type of the token embeddings.")]
 LeaveOutputOption = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")]
 RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already.")]
+CompensateOption = Annotated[
+    CompensateMode,
+    typer.Option(
+        "--compensate", help="Error feedback around the encoder and once over single codes (fast), or thoroughly (full); auto: full up to 2 billion weights."
+    ),
+]
 ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]
 EvaluatedChunksOption = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of text to use at most. Default: all.")]
 TaskOption = Annotated[
@@ -580,13 +586,7 @@ def quantize(
     token_embedding_type: EmbeddingTypeOption = None,
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
-    compensate: Annotated[
-        CompensateMode,
-        typer.Option(
-            "--compensate",
-            help="Error feedback around the encoder and once over single codes (fast), or thoroughly (full); auto: full up to 2 billion weights.",
-        ),
-    ] = CompensateMode.OFF,
+    compensate: CompensateOption = CompensateMode.OFF,
     protect_super_weights: Annotated[
         bool,
         typer.Option("--protect-super-weights", help="Look for super weights, keep them through per-row importance, raise a type where that is not enough."),
@@ -685,6 +685,7 @@ def plan(
     token_embedding_type: EmbeddingTypeOption = None,
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
+    compensate: CompensateOption = CompensateMode.OFF,
     device: DeviceOption = Device.CPU,
     max_memory: MemoryOption = "2048",
     threads: ThreadsOption = None,
@@ -697,6 +698,7 @@ def plan(
     """Say what MODEL would become, tensor by tensor and to the byte, with the reason of each type."""
     from loopgguf import report
     from loopgguf.container import refuse_existing
+    from loopgguf.feedback import Compensate
     from loopgguf.planfile import save_plan
     from loopgguf.planfile import save_tensor_types as save_types
     from loopgguf.workflow import ImatrixRequest, make_plan
@@ -709,6 +711,7 @@ def plan(
         _request(profile, quant_type, size, target_bpw, target_kld, imatrix_file, None, rules, use_imatrix=not no_imatrix),
         calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
+        compensate=Compensate(compensate),
         dry_run=True,
     )
     with ExitStack() as stack:

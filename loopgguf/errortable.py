@@ -57,6 +57,18 @@ _PRIORS = {"attn_q": 0.03, "attn_k": 0.045, "attn_v": 0.08, "attn_qkv": 0.05, "a
 _STICKING_OUT = frozenset({"attn_output", "ffn_gate", "ffn_up", "ffn_down"})
 _FIRST_LAYERS, _LAST_LAYER = 3.0, 4.0
 _PRIOR_OTHER, _PRIOR_HEAD, _PRIOR_EMBEDDING = 0.1, 8.0, 1.0
+# What error feedback leaves of the errors of each kind of weight, medians of tools/bench_gains.py: types differ by less.
+FEEDBACK_GAINS = {
+    "token_embd": 0.24,
+    "output": 0.24,
+    "attn_q": 0.22,
+    "attn_k": 0.24,
+    "attn_v": 0.36,
+    "attn_output": 0.4,
+    "ffn_gate": 0.67,
+    "ffn_up": 0.65,
+    "ffn_down": 0.72,
+}
 _VERSION = 2  # of the numbers in the cache: raise it when their meaning changes
 
 
@@ -122,6 +134,20 @@ class ErrorTable:
     """One row per weight that was asked for, by name."""
 
     rows: Mapping[str, ErrorRow]
+
+
+Tilt = Mapping[str, float]
+"""A factor for each kind of weight that is not as its estimates say; 1 for others."""
+
+
+def tilted(table: ErrorTable, tilt: Tilt) -> ErrorTable:
+    """Return a table with the estimated errors of each kind of tensor multiplied by its factor in `tilt`."""
+
+    def of(row: ErrorRow) -> ErrorRow:
+        factor = tilt.get(tensor_role(row.name).kind, 1.0)
+        return replace(row, damages=tuple(replace(d, estimated_error=factor * d.estimated_error) for d in row.damages))
+
+    return ErrorTable({name: of(row) for name, row in table.rows.items()})
 
 
 @dataclass(frozen=True)
@@ -191,10 +217,7 @@ class _Sums:
 
 def _weigh(sensitivity: Sensitivity, weights: FloatArray, errors: FloatArray, matrix: int, rows: NDArray[np.int64]) -> float:
     """Return ½ Σ_i r_i e_iᵀ H_w e_i over these rows of one matrix; each over ‖w_i‖² where errors count relatively."""
-    if sensitivity.gram is not None:
-        of_rows = np.einsum("ij,ij->i", errors @ sensitivity.gram[matrix], errors, dtype=np.float64)
-    else:
-        of_rows = np.square(errors).astype(np.float64) @ sensitivity.column_weights[matrix].astype(np.float64)
+    of_rows = np.square(errors).astype(np.float64) @ sensitivity.column_weights[matrix].astype(np.float64)
     if sensitivity.is_relative:
         of_rows = of_rows / np.maximum(np.square(weights).sum(axis=1, dtype=np.float64), np.finfo(np.float64).tiny)
     return 0.5 * float(of_rows @ sensitivity.row_weights[matrix][rows].astype(np.float64))

@@ -22,7 +22,7 @@ from loopgguf.collection import Collector, GramRequest, Pass, plan_grams, run_ch
 from loopgguf.container import refuse_existing
 from loopgguf.curvature import gram_shapes
 from loopgguf.errors import InputError, UsageError
-from loopgguf.grams import GramHeader, GramWriter, check_disk, refuse_existing_grams, stored_bytes
+from loopgguf.grams import GramHeader, GramWriter, check_disk, find_grams, load_grams, refuse_existing_grams, stored_bytes
 from loopgguf.loss import PassResult
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_fields, model_name, open_model, refuse_same_file
 from loopgguf.protection import (
@@ -35,7 +35,7 @@ from loopgguf.protection import (
     select_mask,
 )
 from loopgguf.sensitivity import VERSION as SENSITIVITY_VERSION
-from loopgguf.sensitivity import Sensitivities, SensitivitySums, load_sensitivities, save_sensitivities
+from loopgguf.sensitivity import Sensitivities, SensitivitySums, from_grams, load_sensitivities, save_sensitivities
 from loopgguf.source import Source, refuse_changed
 from loopgguf.statistics import ColumnSums, ImatrixFormat, Statistics, check_coverage, describe_gaps, load_imatrix, merge, save_imatrix
 from loopgguf.super_weights import Found
@@ -361,6 +361,18 @@ def _load_cached(path: Path) -> Statistics | None:
     except InputError as error:
         logger.warning("the cached imatrix is made again: %s", error)
         return None
+
+
+def stored_sensitivities(imatrix: Path | None) -> Sensitivities | None:
+    """Return what the Gram matrices beside an imatrix tell; None where there are none, or none of gradients.
+
+    Raises InputError as `grams.load_grams`.
+    """
+    if imatrix is None or not find_grams(imatrix):
+        return None
+    grams = load_grams(imatrix)
+    fingerprint = content_key(SENSITIVITY_VERSION, "Gram matrices", grams.fingerprint, grams.label_seed, grams.holdout_chunks)
+    return from_grams(grams.train, fingerprint) if grams.train.weighted else None
 
 
 def find_sensitivities(source: Source, request: ImatrixRequest, settings: Settings) -> Sensitivities:

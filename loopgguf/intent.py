@@ -13,12 +13,21 @@ from pathlib import Path
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
 from loopgguf.errors import UsageError
-from loopgguf.errortable import ErrorTable, Request, Sampling, measure_errors
+from loopgguf.errortable import FEEDBACK_GAINS, ErrorTable, Request, Sampling, measure_errors, tilted
 from loopgguf.evaluation import Measure
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
 from loopgguf.gate import Gate
-from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks, find_sensitivities, given_importance, made_importance, planned_importance
+from loopgguf.importance import (
+    ImatrixRequest,
+    Importance,
+    calibration_chunks,
+    find_sensitivities,
+    given_importance,
+    made_importance,
+    planned_importance,
+    stored_sensitivities,
+)
 from loopgguf.opening import Settings, model_name
 from loopgguf.planfile import check_plan, imatrix_digest, load_plan
 from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, budget_for_kld, describe_sized, plan_preset, plan_profile, plan_size, size_problem
@@ -26,6 +35,7 @@ from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
 from loopgguf.publish import Order, total_bytes
+from loopgguf.sensitivity import Sensitivities
 from loopgguf.source import Source
 from loopgguf.super_weights import Mask
 
@@ -207,10 +217,11 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
 
 
 def measure_table(source: Source, requests: Sequence[Request], importance: Importance | None, request: QuantizeRequest, settings: Settings) -> ErrorTable:
-    """Return what types do to weights, under the importance and, for a checkpoint folder, the gradients of a request."""
-    gradients = find_sensitivities(source, request.calibration, settings) if source.is_checkpoint and request.use_gradients else None
+    """Return what types do to weights, under the importance and the gradients of a request: those beside its imatrix, or for a
+    checkpoint folder those of a pass. With error feedback they are what it leaves of them."""
+    gradients = _find_gradients(source, request, settings) if request.use_gradients else None
     with StopRequest() as stop:
-        return measure_errors(
+        table = measure_errors(
             requests,
             importance.statistics if importance is not None else None,
             source_fingerprint=source.fingerprint,
@@ -221,6 +232,12 @@ def measure_table(source: Source, requests: Sequence[Request], importance: Impor
             n_threads=settings.n_threads,
             progress=stop.stopping(settings.progress, _interrupted),
         )
+    return tilted(table, FEEDBACK_GAINS) if request.compensate is not Compensate.OFF and gradients is not None else table
+
+
+def _find_gradients(source: Source, request: QuantizeRequest, settings: Settings) -> Sensitivities | None:
+    stored = stored_sensitivities(request.imatrix)
+    return find_sensitivities(source, request.calibration, settings) if stored is None and source.is_checkpoint else stored
 
 
 def _interrupted(done: int, total: int) -> str:

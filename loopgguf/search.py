@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import SEARCH, Job, State, content_key, open_stage
 from loopgguf.errors import Interrupted, UsageError
-from loopgguf.errortable import ErrorRow, ErrorTable
+from loopgguf.errortable import ErrorTable, Tilt, tilted
 from loopgguf.evaluation import Measure, Quality, compare_paired, measure_qualities
 from loopgguf.feedback import Compensate
 from loopgguf.intent import QuantizeRequest, Resolved, is_sized, measure_table, with_pins
@@ -49,7 +49,6 @@ CLOSE = 0.98  # of a KLD that was asked for: enough
 AIM = 0.99  # of it, as what falls short by little is made once more
 
 Tokens = NDArray[np.int32]
-Tilt = Mapping[str, float]
 
 
 def refuse_search(request: QuantizeRequest) -> None:
@@ -350,13 +349,3 @@ def predict(measured: Sequence[tuple[float, float]], estimate: float) -> Measure
 
 def _types(plan: Plan) -> dict[str, str]:
     return {row.name: row.type.name for row in plan.rows}
-
-
-def tilted(table: ErrorTable, tilt: Tilt) -> ErrorTable:
-    """Return a table with the estimated errors of each kind of tensor multiplied by its factor in `tilt`."""
-
-    def of(row: ErrorRow) -> ErrorRow:
-        factor = tilt.get(tensor_role(row.name).kind, 1.0)
-        return replace(row, damages=tuple(replace(d, estimated_error=factor * d.estimated_error) for d in row.damages))
-
-    return ErrorTable({name: of(row) for name, row in table.rows.items()})

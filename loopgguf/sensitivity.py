@@ -3,7 +3,8 @@
 ½ Σ_i r_i Σ_j h_j e_ij² estimates the KLD in nats per token that an error E of a weight makes, with r_i the row's mean
 squared gradient over the weight's mean, and h = diag(H_w), H_w = Σ_t w_t x_t x_tᵀ / n_tokens, w_t the mean squared
 gradient of token t (GuidedQuant, arXiv 2505.07004). Errors of plain encoders are nearly independent from column to
-column, so the diagonal does; after error feedback they are not, and the whole H_w is needed (`curvature.GramSet`).
+column, so the diagonal does; after error feedback they are not, and a factor for each kind of weight says what becomes of
+them (`errortable.FEEDBACK_GAINS`).
 Knows no types and decides nothing. Sums are small, so one pass serves any number of plans.
 """
 
@@ -37,15 +38,13 @@ class Sensitivity:
     """How the KLD bends at one weight.
 
     row_weights: (n_matrices, n_out) float32, each row's mean squared gradient over its matrix's mean. column_weights:
-    diag(H_w), (n_matrices, n_in) float32, per token and in nats. gram: H_w itself, (n_matrices, n_in, n_in), where it
-    was kept: then it is used instead of its diagonal. is_relative: errors count by the squared length of the row they are
-    in, as those of token embeddings do: a norm follows, so a short row (a token hardly trained) has gradients as much
-    larger as its errors are smaller.
+    diag(H_w), (n_matrices, n_in) float32, per token and in nats. is_relative: errors count by the squared length of the
+    row they are in, as those of token embeddings do where it is not known how often each is looked up: a norm follows, so a
+    short row (a token hardly trained) has gradients as much larger as its errors are smaller.
     """
 
     row_weights: FloatArray
     column_weights: FloatArray
-    gram: FloatArray | None = None
     is_relative: bool = False
 
 
@@ -110,11 +109,13 @@ class SensitivitySums:
 
 
 def from_grams(grams: GramSet, fingerprint: str) -> Sensitivities:
-    """Return the sensitivities that whole matrices tell: for errors after feedback, whose columns depend on each other."""
+    """Return the sensitivities that Gram matrices tell, read one at a time. A row of the embeddings counts as often as its token occurs."""
     found = {}
     for name, gram in grams.weighted.items():
-        r, mean = grams.curvature[name].mean, gram.mean * np.float32(_COHERENCE.get(tensor_role(name).kind, 1.0))
-        found[name] = Sensitivity((r / max(float(r.mean()), float(np.finfo(np.float32).tiny)))[None], np.diagonal(mean).copy()[None], mean[None])
+        r, columns = grams.curvature[name].mean, gram.mean.diagonal() * np.float32(_COHERENCE.get(tensor_role(name).kind, 1.0))
+        found[name] = Sensitivity((r / max(float(r.mean()), float(np.finfo(np.float32).tiny)))[None], columns[None])
+    if EMBEDDING in grams.outputs and HEAD in grams.weighted:
+        found[EMBEDDING] = Sensitivity(grams.curvature[EMBEDDING].mean[None], grams.outputs[EMBEDDING].mean.diagonal().copy()[None])
     return Sensitivities(found, fingerprint)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loopgguf import errortable, ggml
+from loopgguf.architectures import tensor_role
 from loopgguf.errors import InputError
-from loopgguf.errortable import Basis, Request, Sampling, candidate_types, measure_errors, prior_nats
+from loopgguf.errortable import Basis, ErrorRow, ErrorTable, Request, Sampling, TypeDamage, candidate_types, measure_errors, prior_nats, tilted
 from loopgguf.formats import GgmlType
 from loopgguf.sensitivity import Sensitivity
 from loopgguf.source import Tensor
@@ -79,16 +81,15 @@ def test_errors_are_those_of_the_encoder_under_the_imatrix() -> None:
     assert (row.basis, row.n_sampled_rows, row.n_rows) == (Basis.PRIOR, 300, 300)
 
 
-@pytest.mark.parametrize("has_gram", [False, True])
-def test_gradients_give_nats(has_gram: bool) -> None:
+def test_gradients_give_nats() -> None:
     """Would catch a factor ½ lost, rows weighted by another row's gradient, or H_w used for its diagonal."""
     W = weights(20, 64)
     generator = np.random.default_rng(5)
     X = generator.normal(size=(100, 64)).astype(np.float32)
     H, r = X.T @ X / 100, generator.uniform(0.1, 2, 20).astype(np.float32)
-    row = measure(make_tensor(W), (T.Q4_0,), backward=Backward(Sensitivity(r[None], np.diag(H)[None].copy(), H[None] if has_gram else None)))
+    row = measure(make_tensor(W), (T.Q4_0,), backward=Backward(Sensitivity(r[None], np.diag(H)[None].copy())))
     E = (W - ggml.decode_rows(T.Q4_0, ggml.encode_rows(T.Q4_0, W))).astype(np.float64)
-    M = H if has_gram else np.diag(np.diag(H))
+    M = np.diag(np.diag(H))
     damage = row.damage(T.Q4_0)
     assert damage is not None and row.basis is Basis.GRADIENTS
     assert damage.estimated_error == pytest.approx(0.5 * sum(r[i] * E[i] @ M @ E[i] for i in range(20)), rel=1e-5)
@@ -231,3 +232,11 @@ def test_the_chance_of_rows_with_all_the_weight_is_taken_out() -> None:
     for seed in range(3):
         sampled = measure(tensor, (T.Q4_0,), backward=Backward(sensitivity), seed=seed)
         assert sampled.damage(T.Q4_0).estimated_error == pytest.approx(exact.damage(T.Q4_0).estimated_error, rel=0.5)
+
+
+def test_tilt() -> None:
+    """Catches a factor on another kind of tensor, or on what is not the estimate."""
+    damage = TypeDamage(GgmlType.Q4_0, 1.0, 2.0, 3.0)
+    rows = {name: ErrorRow(name, 1, 1, Basis.PRIOR, (damage,)) for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight")}
+    table = tilted(ErrorTable(rows), {"attn_q": 2.0})
+    assert {tensor_role(name).kind: row.damages[0] for name, row in table.rows.items()} == {"attn_q": replace(damage, estimated_error=6.0), "ffn_up": damage}

@@ -12,11 +12,10 @@ import pytest
 from tiny_llama import write_tiny_llama
 
 from loopgguf import search, workflow
-from loopgguf.architectures import tensor_role
 from loopgguf.checkpoint import SEARCH, Job, job_folder
 from loopgguf.container import read_gguf
 from loopgguf.errors import Interrupted, UsageError
-from loopgguf.errortable import Basis, ErrorRow, ErrorTable, TypeDamage
+from loopgguf.errortable import Basis, ErrorTable, tilted
 from loopgguf.evaluation import Measure, measure_quality
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
@@ -25,7 +24,6 @@ from loopgguf.opening import cut_text
 from loopgguf.planner import TypeRules, parse_overrides, plan_size
 from loopgguf.presets import PRESETS
 from loopgguf.protection import NOTHING_FOUND, Protection
-from loopgguf.search import tilted
 from loopgguf.source import open_source
 from loopgguf.super_weights import Mask, Spike, SuperWeight
 from loopgguf.workflow import QuantizeRequest, Settings, quantize
@@ -296,11 +294,3 @@ def test_a_kld_that_was_asked_for_is_measured(factor: float, model: Path, reques
         assert len(list(job.work.glob("*.gguf"))) == 1
         with pytest.raises(UsageError, match=r"--target-kld 1e-12: files have .* times their estimated KLD"):
             aiming.aim(plan, 1e-12)
-
-
-def test_tilt() -> None:
-    """Catches a factor on another kind of tensor, or on what is not the estimate."""
-    damage = TypeDamage(GgmlType.Q4_0, 1.0, 2.0, 3.0)
-    rows = {name: ErrorRow(name, 1, 1, Basis.PRIOR, (damage,)) for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight")}
-    table = tilted(ErrorTable(rows), {"attn_q": 2.0})
-    assert {tensor_role(name).kind: row.damages[0] for name, row in table.rows.items()} == {"attn_q": replace(damage, estimated_error=6.0), "ffn_up": damage}

@@ -73,17 +73,25 @@ def test_values_are_charged_twice() -> None:
     np.testing.assert_allclose(v.column_weights, 2 * q.column_weights)
 
 
-def test_whole_matrices_say_the_same() -> None:
-    """Would catch the two ways to gradients giving estimates on two scales."""
-    sums = GramSums()
-    for X, G in slabs():
-        sums.add_gradient("blk.0.attn_q.weight", X, G)
-    whole = from_grams(sums.take(), "f").sensitivity("blk.0.attn_q.weight")
-    diagonal = collected().take(10, "f").sensitivity("blk.0.attn_q.weight")
-    assert whole is not None and diagonal is not None and whole.gram is not None
-    np.testing.assert_allclose(whole.column_weights, diagonal.column_weights, rtol=1e-4)
-    np.testing.assert_allclose(whole.row_weights, diagonal.row_weights, rtol=1e-4)
-    assert whole.gram.shape == (1, 6, 6)
+def test_gram_matrices_say_the_same() -> None:
+    """Would catch the two ways to gradients giving estimates on two scales, and a row of the embeddings charged with all tokens."""
+    P = np.random.default_rng(3).dirichlet(np.ones(10), 5)
+    grams, sums = GramSums(), SensitivitySums()
+    for a in (grams, sums):
+        for X, G in slabs():
+            a.add_gradient("blk.0.attn_q.weight", X, G)
+        a.add_gradient("token_embd.weight", X, X)
+        a.add_probabilities(0, 10, X[:5], P)
+    ours, theirs = from_grams(grams.take(), "f"), sums.take(10, "f")
+    for name in ("blk.0.attn_q.weight", "output.weight"):
+        mine, other = ours.sensitivity(name), theirs.sensitivity(name)
+        assert mine is not None and other is not None
+        np.testing.assert_allclose(mine.column_weights, other.column_weights, rtol=1e-4)
+        np.testing.assert_allclose(mine.row_weights, other.row_weights, rtol=1e-4)
+    lookup = ours.sensitivity("token_embd.weight")
+    assert lookup is not None and not lookup.is_relative
+    np.testing.assert_allclose(lookup.row_weights[0], P.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(lookup.column_weights[0], (X**2).mean(axis=0), rtol=1e-4)
 
 
 def test_the_file_and_what_is_none(tmp_path: Path) -> None:

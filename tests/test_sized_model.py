@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from upstream import differing
 
+from loopgguf.architectures import tensor_role
 from loopgguf.cli import main
 from loopgguf.container import read_gguf
+from loopgguf.errortable import FEEDBACK_GAINS
+from loopgguf.feedback import Compensate
+from loopgguf.importance import ImatrixRequest
+from loopgguf.workflow import QuantizeRequest, compute_imatrix, quantize
 
 PROFILE = "{default: Q4_0, types: [Q4_0, Q5_0, Q8_0]}"  # quick to encode, and no imatrix needed
 
@@ -78,3 +84,16 @@ def test_a_changed_plan_is_refused(demo_gguf: Path, capsys: pytest.CaptureFixtur
     Path("plan.json").write_text(text.replace("attn_q", "attn_x"), encoding="utf-8")
     assert run("quantize", demo_gguf, "-o", "x.gguf", "--plan", "plan.json") == 3
     assert "hash in plan.json" in capsys.readouterr().err
+
+
+def test_matrices_beside_the_imatrix_say_what_errors_cost(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a backward pass for what the matrices tell already, or files with error feedback planned by errors without it."""
+    text = ImatrixRequest(n_samples=4, ctx_size=128, gram=True, gradient=True)
+    imatrix = compute_imatrix(demo_model, Path("demo.imatrix.gguf"), text).path
+    monkeypatch.setattr("loopgguf.intent.find_sensitivities", lambda *_: pytest.fail("a pass of its own"))
+    request = QuantizeRequest(size_bytes=4_500_000, profile=Path("p.yaml"), imatrix=imatrix, dry_run=True)
+    plain, feedback = (quantize(demo_model, Path("x.gguf"), replace(request, compensate=c)).plan for c in (Compensate.OFF, Compensate.FAST))
+    same = [(a, b) for a, b in zip(plain.rows, feedback.rows, strict=True) if a.estimated_error and b.estimated_error and a.type is b.type]
+    assert len(same) > 10 and {"token_embd", "output"} <= {tensor_role(row.name).kind for row in plain.rows if row.estimated_error}
+    for a, b in same:
+        assert b.estimated_error == pytest.approx(FEEDBACK_GAINS[tensor_role(a.name).kind] * a.estimated_error)
