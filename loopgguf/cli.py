@@ -725,6 +725,8 @@ def plan(
     console.print(report.plan_table(result.saved.plan, explain=explain))
     console.print()
     console.print(report.plan_types(result.saved.plan, result.saved.speeds))
+    if result.saved.speeds:
+        console.print(report.SPEED_NOTE, markup=False)
     console.print()
     console.print(
         f"{result.saved.plan.intent}: {report.size_line(result.saved.plan, result.saved.total_bytes)}, plan {result.saved.plan.hash[:12]}", markup=False

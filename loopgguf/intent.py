@@ -30,7 +30,20 @@ from loopgguf.importance import (
 )
 from loopgguf.opening import Settings, model_name
 from loopgguf.planfile import check_plan, imatrix_digest, load_plan
-from loopgguf.planner import OUTPUT, Override, Plan, SizedPlan, TypeRules, budget_for_kld, describe_sized, plan_preset, plan_profile, plan_size, size_problem
+from loopgguf.planner import (
+    OUTPUT,
+    Override,
+    Plan,
+    SizedPlan,
+    TypeRules,
+    budget_for_kld,
+    describe_sized,
+    meant_for_kld,
+    plan_preset,
+    plan_profile,
+    plan_size,
+    size_problem,
+)
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
@@ -212,6 +225,8 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
     has_more_metadata = request.gate is not None or request.search is not None
     sized = plan_size(problem, table, budget_bytes, measure_file, GATE_BYTES if has_more_metadata and request.target_kld_nats is None else 0)
+    if request.target_kld_nats is not None:
+        sized = meant_for_kld(sized, request.target_kld_nats, measure_file)
     notes = (*(importance.notes if importance is not None else ()), *describe_sized(sized, table))
     return Resolved(sized.plan, importance, notes, sized)
 

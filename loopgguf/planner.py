@@ -635,6 +635,12 @@ def plan_size(problem: SizeProblem, table: ErrorTable, budget_bytes: int, measur
     return SizedPlan(plan, budget_bytes, total_bytes, reachable, solution, best, is_preset, kept_bytes)
 
 
+def meant_for_kld(sized: SizedPlan, target_nats: float, measure_file: Callable[[Plan], int]) -> SizedPlan:
+    """Return a plan whose size followed from a KLD with that for its intent: what was asked for, and what the file will say of itself."""
+    plan = replace(sized.plan, intent=sized.plan.intent.replace(_size_intent(sized.budget_bytes), f"target KLD {target_nats:g}", 1))
+    return replace(sized, plan=plan, total_bytes=measure_file(plan))
+
+
 def describe_sized(sized: SizedPlan, table: ErrorTable) -> list[str]:
     """Return what a user should know of a plan by size, a line each."""
     bases = Counter(row.basis.value for row in table.rows.values())

@@ -32,7 +32,7 @@ from loopgguf.gate import CheckedResult, GateResult
 from loopgguf.grams import find_grams, load_grams
 from loopgguf.pipeline import FeedbackLog, WriteResult
 from loopgguf.planner import Plan, bits_per_weight, summarize_fallbacks, to_json
-from loopgguf.speed import Speed
+from loopgguf.speed import PROMPT_TOKENS, Speed
 from loopgguf.statistics import Statistics, load_imatrix
 from loopgguf.summary import (
     Comparison,
@@ -118,6 +118,9 @@ def type_table(items: Iterable[tuple[GgmlType, int, int]], title: str = "", spee
     result.add_section()
     result.add_row("all", str(n_tensors), f"{n_weights:,}", f"{n_bytes:,}", f"{8 * n_bytes / n_weights:.4f}" if n_weights else "")
     return result
+
+
+SPEED_NOTE = f"tok/s: of 10⁹ weights of the type on this machine, one token at a time as text is generated, and {PROMPT_TOKENS} at a time as prompts are read"
 
 
 def _speed_cells(speeds: Mapping[GgmlType, Speed] | None, ggml_type: GgmlType) -> list[str]:

@@ -231,7 +231,11 @@ class _Search:
             budget_bytes = budget_for_kld(self.problem, table, AIM * target_nats / factor, self._file_bytes)
         except UsageError as error:
             raise UsageError(f"--target-kld {target_nats:g}: files have {factor:.3g} times their estimated KLD, so it is out of reach ({error})") from None
-        return plan_size(self.problem, table, budget_bytes, self._file_bytes).plan
+        return self._searched(plan_size(self.problem, table, budget_bytes, self._file_bytes).plan)
+
+    def _searched(self, plan: Plan) -> Plan:
+        """Return a plan with what was asked for as its intent, whatever size it was solved for."""
+        return replace(plan, intent=f"{self.resolved.plan.intent}, searched")
 
     def _kld(self, file: _File) -> Measure:
         """Return the mean KLD of a file on the chunks of swaps."""
@@ -275,7 +279,7 @@ class _Search:
         key = content_key(*_types(plan).items())
         if key in self.tried or _types(plan) == _types(self.best.plan):
             return
-        trial = self._write(replace(plan, intent=f"{self.resolved.plan.intent}, searched"), self.best)
+        trial = self._write(self._searched(plan), self.best)
         chunks = np.roll(self.pool, len(self.swaps) * (len(self.pool) // 3), axis=0)
         few, rest = chunks[: len(chunks) // 3], chunks[len(chunks) // 3 :]
         difference = self._difference(trial, self.best, few)

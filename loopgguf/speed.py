@@ -31,8 +31,9 @@ N_IN = 2048
 PROMPT_TOKENS = 64
 _GENERATION_BYTES = 64 << 20  # of weights: more than processors cache
 _PROMPT_ROWS = 2048
+_ROW_MULTIPLE = 64  # of the rows of real weights; of others (repack.cpp: not by eights) llama.cpp repacks none
 _SECONDS = 0.5  # that a product is repeated: on a busy machine some runs of many are not disturbed
-_VERSION = 2  # of the numbers in the cache
+_VERSION = 3  # of the numbers in the cache
 
 _CPU_DEVICE = 0  # ggml_backend_dev_type of ggml-backend.h
 _TYPE_F32 = int(GgmlType.F32)
@@ -187,7 +188,7 @@ def _measure(ggml_type: GgmlType, n_rows: int, n_tokens: int, n_threads: int) ->
 
 def measure_speed(ggml_type: GgmlType, *, n_threads: int) -> Speed:
     """Return how fast this machine multiplies by weights of a type; a second or so."""
-    n_rows = _GENERATION_BYTES // row_bytes(ggml_type, N_IN)
+    n_rows = _GENERATION_BYTES // row_bytes(ggml_type, N_IN) // _ROW_MULTIPLE * _ROW_MULTIPLE
     return Speed(_measure(ggml_type, n_rows, 1, n_threads), _measure(ggml_type, _PROMPT_ROWS, PROMPT_TOKENS, n_threads))
 
 

@@ -16,7 +16,20 @@ from loopgguf.container import Value, float32, string, uint32
 from loopgguf.errors import UsageError
 from loopgguf.errortable import DEFAULT_TYPES, Basis, ErrorRow, ErrorTable, TypeDamage
 from loopgguf.formats import FORMATS, GgmlType
-from loopgguf.planner import Plan, SizedPlan, SizeProblem, TypeRules, budget_for_kld, file_bytes, parse_overrides, plan_preset, plan_size, size_problem, to_json
+from loopgguf.planner import (
+    Plan,
+    SizedPlan,
+    SizeProblem,
+    TypeRules,
+    budget_for_kld,
+    file_bytes,
+    meant_for_kld,
+    parse_overrides,
+    plan_preset,
+    plan_size,
+    size_problem,
+    to_json,
+)
 from loopgguf.profile import parse_profile
 from loopgguf.source import Tensor
 
@@ -187,6 +200,8 @@ def test_the_smallest_file_of_an_estimated_kld(share: float) -> None:
     budget = budget_for_kld(problem, table, target, measure)
     assert plan_size(problem, table, budget, measure).solution.error <= target * (1 + 1e-9)
     assert budget <= wanted.total_bytes * 1.001
+    named = meant_for_kld(plan_size(problem, table, budget, measure), target, measure)
+    assert named.plan.intent == f"target KLD {target:g}" and named.total_bytes == measure(named.plan)
     assert plan_size(problem, table, int(0.99 * budget), measure).solution.error > target
 
 

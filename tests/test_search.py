@@ -248,6 +248,7 @@ def test_a_dry_run_says_that_it_searches_nothing(model: Path, request_: Quantize
     """Catches a dry run whose types are taken for those that a search ends with, one that searches, and one that throws away a
     plan that was found for a file that is still to be written."""
     judge(monkeypatch, UNSURE)
+    monkeypatch.setattr(search._Search, "_tilts", lambda self: iter([("attn_q", 64.0)]))
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "publish", _raise(Interrupted("while it is written")))
         with pytest.raises(Interrupted, match="while it is written"):
@@ -291,6 +292,7 @@ def test_a_kld_that_was_asked_for_is_measured(factor: float, model: Path, reques
         assert aiming.aimed is not None and "not reached" not in aiming.aimed[0]
         assert 0.9 * target < aiming.aimed[1].value <= target
         assert aiming.aimed[1] == Measure(factor * start * (aiming.estimate(plan) / start) ** 0.8, 1e-6)
+        assert plan.intent == f"{resolved.plan.intent}, searched"  # not the size that it came to
         assert len(list(job.work.glob("*.gguf"))) == 1
         with pytest.raises(UsageError, match=r"--target-kld 1e-12: files have .* times their estimated KLD"):
             aiming.aim(plan, 1e-12)

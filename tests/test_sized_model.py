@@ -45,7 +45,7 @@ def test_a_plan_is_executed_to_the_byte_and_a_size_makes_the_same_file(demo_gguf
     options = (demo_gguf, "--size", "4.5MB", "--profile", "p.yaml", "--no-imatrix")
     assert run("plan", *options, "-o", "plan.json", "--save-tensor-types", "types.txt", "--explain") == 0
     printed = capsys.readouterr().out
-    assert "ffn_down" in printed and "nats" in printed and "prompt tok/s" in printed
+    assert "ffn_down" in printed and "nats" in printed and "prompt tok/s" in printed and "tok/s: of 10⁹ weights" in " ".join(printed.split())
     planned = json.loads(Path("plan.json").read_text(encoding="utf-8"))
     assert set(planned["speeds"]) == {row["type"] for row in planned["rows"] if len(row["shape"]) > 1}
     assert run("quantize", demo_gguf, "-o", "a.gguf", "--plan", "plan.json") == 0

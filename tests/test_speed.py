@@ -30,6 +30,16 @@ def test_the_product_is_that_of_the_weights(ggml_type: GgmlType, n_tokens: int) 
     assert np.abs(Y - expected).max() < 0.02 * np.abs(expected).max()  # llama.cpp rounds activations to 8 bits
 
 
+@pytest.mark.parametrize("ggml_type", DEFAULT_TYPES)
+def test_as_many_rows_as_a_model_has(ggml_type: GgmlType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a number of rows that llama.cpp does not repack, as it does those of models: other kernels are timed then."""
+    shapes: list[tuple[int, int]] = []
+    monkeypatch.setattr(speed, "_measure", lambda ggml_type, n_rows, n_tokens, n_threads: shapes.append((n_rows, n_tokens)) or 1.0)
+    speed.measure_speed(ggml_type, n_threads=1)
+    assert [n_tokens for _, n_tokens in shapes] == [1, speed.PROMPT_TOKENS]
+    assert all(n_rows > 0 and n_rows % 64 == 0 for n_rows, _ in shapes)
+
+
 def test_a_speed_is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Would catch seconds of measuring in every plan, a cache that forgets what it has, and ggml's lines between ours."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
