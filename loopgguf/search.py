@@ -144,7 +144,8 @@ def _search(
     if predicted is None:
         return {"notes": notes, "predicted": None}
     factor = predicted.value / search.estimate(plan)
-    notes.append(f"search: files have {factor:.3g} times their estimated KLD; {predicted.value:.4g} ± {predicted.standard_error:.2g} nats are predicted")
+    how = "" if request.compensate is Compensate.OFF else " with plain encoders"  # which trials are written with
+    notes.append(f"search: files{how} have {factor:.3g} times their estimated KLD; {predicted.value:.4g} ± {predicted.standard_error:.2g} nats are predicted")
     return {"notes": notes, "predicted": [predicted.value, predicted.standard_error]}
 
 

@@ -17,6 +17,7 @@ from loopgguf.container import read_gguf
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import Basis, ErrorTable, tilted
 from loopgguf.evaluation import Measure, measure_quality
+from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
 from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import GATE_BYTES, Search, resolve
@@ -275,6 +276,19 @@ def test_predictions_are_the_estimate_times_what_files_have_more() -> None:
     assert predicted is not None and predicted.value == pytest.approx(6.0)
     assert predicted.standard_error == pytest.approx(6.0 * np.std([0, 0, -np.log(2), np.log(2)], ddof=1))
     assert search.predict([(1.0, 2.0)] * 2, 3.0) is None
+
+
+@pytest.mark.parametrize(("compensate", "files"), [(Compensate.OFF, "files have"), (Compensate.FAST, "files with plain encoders have")])
+def test_what_is_predicted_is_of_the_trials(
+    compensate: Compensate, files: str, model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a KLD of plain encoders that is foretold of a file with error feedback."""
+    said: list[str] = []
+    monkeypatch.setattr(search._Search, "_swaps", lambda self: iter([]))
+    monkeypatch.setattr(search, "predict", lambda measured, estimate: Measure(0.25, 0.01))
+    monkeypatch.setattr(workflow, "publish", lambda *arguments, **_: said.extend(arguments[4]))
+    quantize(model, tmp_path / "out.gguf", replace(request_, compensate=compensate), SETTINGS)
+    assert [note for note in said if "0.25 ± 0.01 nats are predicted" in note and note.startswith(f"search: {files} ")]
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])

@@ -69,7 +69,7 @@ def main() -> None:
     source = open_source(models.resolve_or_exit(options.model))
     feedback, imatrix = stored_feedback(options.imatrix), given_importance(source, options.imatrix)
     types = [GgmlType[name] for name in options.types.split(",")] if options.types else [t for t in DEFAULT_TYPES if t not in FLOAT_TYPES]
-    effort = FAST if options.effort == "fast" else Effort((Damping(0.1),), FULL.max_sweeps)
+    effort = FAST if options.effort == "fast" else replace(FULL, dampings=(Damping(0.1),))
     layers = {int(layer) for layer in options.layers.split(",")}
     found: dict[tuple[str, GgmlType], list[float]] = defaultdict(list)
     assert feedback is not None
