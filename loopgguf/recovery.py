@@ -219,7 +219,7 @@ class _Recovery:
         """Encode again with thorough error feedback, where it was not on; return the order that further steps go on from."""
         n_weights = self.source.n_weights
         is_on = order.compensate is not Compensate.OFF and order.compensate.effort(n_weights) is Compensate.FULL.effort(n_weights)
-        fuller = replace(order, compensate=Compensate.FULL)
+        fuller = replace(order, compensate=Compensate.FULL, reuse=None)  # what is taken over has less of it, or none
         if self.passes or is_on:
             return order
         if not self.fits(fuller):

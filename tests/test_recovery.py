@@ -6,6 +6,7 @@ import hashlib
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,16 @@ def test_a_signal_that_comes_too_late_for_a_trial(model: Path, request_: Quantiz
     monkeypatch.setattr(publish, "_verify", lambda *arguments: (verify(*arguments), signal.raise_signal(signal.SIGINT))[0])
     with pytest.raises(Interrupted, match="at file 1 of the gate"):
         quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+
+
+def test_thorough_feedback_takes_nothing_over(model: Path, request_: QuantizeRequest) -> None:
+    """Catches a step of thorough feedback that takes over the bytes of a file with less of it, and so changes nothing."""
+    source, tried = open_source(model), []
+    resolved = resolve(source, replace(request_, compensate=Compensate.OFF), SETTINGS)
+    order = replace(resolved.order(request_), reuse=publish.Reuse({}, {}))
+    steps = SimpleNamespace(source=source, passes=False, fits=lambda _: True, attempt=lambda _, it: tried.append(it), steps=[SimpleNamespace(is_better=True)])
+    further = recovery._Recovery._add_feedback(steps, order)  # type: ignore[arg-type]
+    assert [(it.compensate, it.reuse) for it in tried] == [(Compensate.FULL, None)] and further is tried[0]
 
 
 def test_an_estimated_kld_promises_no_size(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
