@@ -289,9 +289,11 @@ def plan_gradient_pass(folder: Path, n_chunks: int, n_ctx: int, *, max_memory_by
     per_layer = 4 * sum(math.prod(shape) for shape in shapes.values()) + n_gram_sets * gram_bytes(shapes, has_gradient=True)
     per_layer += 4 * _ACTIVATIONS * n_ctx * (sizes.n_embd + sizes.n_ff)
     head_bytes = 4 * sizes.n_vocab * sizes.n_embd + 16 * n_ctx * min(sizes.n_vocab, VOCAB_SLAB)
-    if per_layer * sizes.n_layer + head_bytes <= max_memory_bytes:
+    vocabulary = (sizes.n_vocab, sizes.n_embd)
+    kept_bytes = n_gram_sets * gram_bytes({EMBEDDING: vocabulary, HEAD: vocabulary}, has_gradient=True)  # until the end
+    if per_layer * sizes.n_layer + head_bytes + kept_bytes <= max_memory_bytes:
         return GradientPlan((range(sizes.n_layer),), True, 0)
-    blocks = tuple(plan_passes([per_layer] * sizes.n_layer, max_memory_bytes))
+    blocks = tuple(plan_passes([per_layer] * sizes.n_layer, max_memory_bytes - kept_bytes))
     return GradientPlan(blocks, False, 4 * n_chunks * n_ctx * sizes.n_embd * (len(blocks) + 2))
 
 
