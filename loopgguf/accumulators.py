@@ -61,7 +61,8 @@ class AttentionListener(Protocol):
 @runtime_checkable
 class GradientListener(Protocol):
     """Wants gradients, from the torch engine's backward pass: X (n_tokens, n_in) the inputs of the plain weight `name`
-    and G (n_tokens, n_out) the gradients of the chunk's summed loss at its outputs. Those of `token_embd.weight` are X itself, the rows looked up."""
+    and G (n_tokens, n_out) the gradients of the chunk's summed loss at its outputs. Of `token_embd.weight`, whose inputs are
+    one-hot, X are its outputs: the rows looked up."""
 
     def add_gradient(self, name: str, X: Any, G: Any) -> None: ...
 

@@ -2,13 +2,13 @@
 
 The first swap is for llama-quantize's best preset within the size. Every other plans the size anew with the estimated errors
 of one kind of tensor taken for twice or for half what they are: its tensors get larger types and others pay for them, or
-the other way round. Both files are run on selection text, a few
-chunks first, which drops most swaps early, then chunks that this swap has not seen; it stays where the mean KLD falls by
-more than `CERTAIN` paired standard errors, for one standard error would let a sixth of all idle swaps pass. In the end
-the plan must beat the one it began with on chunks that no swap has seen, or the latter is kept. Trials are written with
-plain encoders, and only what changed is encoded again. All that was measured also says how far estimates are off as a
-whole, so that the KLD of the plan that stays is predicted in nats. Where a KLD was asked for and not a size, the plan is in
-the end made again for other sizes, until the smallest file is found that measures no more.
+the other way round. Both files are run on selection text, a few chunks first, which drops most swaps early, then chunks
+that this swap has not seen; it stays where the mean KLD falls by more than `CERTAIN` paired standard errors, for one
+standard error would let a sixth of all idle swaps pass. In the end the plan must beat the one it began with on chunks that
+no swap has seen, or the latter is kept. Trials are written with plain encoders, and only what changed is encoded again. All
+that was measured also says how far estimates are off as a whole, so that the KLD of the plan that stays is predicted in
+nats. Where a KLD was asked for and not a size, the plan is in the end made again for other sizes, until a file measures no
+more and little less.
 """
 
 from __future__ import annotations
@@ -212,7 +212,10 @@ class _Search:
         seen = [(file, self._kld(file))]
         while len(seen) < MAX_AIMS and not CLOSE * target_nats <= seen[-1][1].value <= target_nats:
             before, kld = seen[-1]
-            file = self._write(self._plan_for(target_nats, kld.value / _estimate(table, before.plan), table), before)
+            wanted = self._plan_for(target_nats, kld.value / _estimate(table, before.plan), table)
+            if any(_types(wanted) == _types(found.plan) for found, _ in seen):
+                break  # no file is between, or none is smaller
+            file = self._write(wanted, before)
             before.path.unlink()
             seen.append((file, self._kld(file)))
 

@@ -293,7 +293,8 @@ def test_what_is_predicted_is_of_the_trials(
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
 def test_a_kld_that_was_asked_for_is_measured(factor: float, model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a size that rests on the estimate alone, a file above the target where a later one is not, and files left in the job folder."""
+    """Catches a size that rests on the estimate alone, a file above the target where a later one is not, one file measured
+    again and again, and files left in the job folder."""
     source = open_source(model)
     resolved = resolve(source, request_, SETTINGS)
     with Job(tmp_path / "job", {}) as job:
@@ -308,5 +309,8 @@ def test_a_kld_that_was_asked_for_is_measured(factor: float, model: Path, reques
         assert aiming.aimed[1] == Measure(factor * start * (aiming.estimate(plan) / start) ** 0.8, 1e-6)
         assert plan.intent == f"{resolved.plan.intent}, searched"  # not the size that it came to
         assert len(list(job.work.glob("*.gguf"))) == 1
+        aiming.first = aiming.best = aiming._write(resolved.plan, None)
+        aiming.aim(aiming.first.plan, 1000 * start)
+        assert " by 2 files" in aiming.aimed[0], "the smallest file is measured once"
         with pytest.raises(UsageError, match=r"--target-kld 1e-12: files have .* times their estimated KLD"):
             aiming.aim(plan, 1e-12)
