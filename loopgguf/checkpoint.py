@@ -58,7 +58,7 @@ FORMAT = 1
 CURRENT, PREVIOUS, LOCK, OBJECTS = "CURRENT", "PREVIOUS", "lock", "objects"
 TEMPORARY = "CURRENT.tmp"
 PUBLISHING = "PUBLISHING"  # is there while files of a finished job get their names
-IMATRIX, SEARCH, QUANTIZE, GATE = STAGES = "imatrix", "search", "quantize", "gate"  # of a command
+IMATRIX, SEARCH, GUARD, QUANTIZE, GATE = STAGES = "imatrix", "search", "guard", "quantize", "gate"  # of a command
 WORK, SHARDS = "work", "shards"  # subfolders of an engine, and of results that are written as they come
 ENGINE = "engine"  # the part of a state that is the engine's own
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

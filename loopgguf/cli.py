@@ -165,7 +165,9 @@ MaxSizeOption = Annotated[
 ]
 SelectionOption = Annotated[
     list[Path] | None,
-    typer.Option("--selection-file", metavar="TEXT", help="Text that gate and search measure on, in neither calibration nor report. Default: one that ships."),
+    typer.Option(
+        "--selection-file", metavar="TEXT", help="Text that gate, guard and search measure on, in neither calibration nor report. Default: one that ships."
+    ),
 ]
 SearchOption = Annotated[
     float | None,
@@ -408,13 +410,13 @@ def _super_budget(given: str | None, *, wanted: bool) -> int:
     return 0 if given is None or given.strip() == "0" else parse_size(given)
 
 
-def _gate(max_kld: float | None, max_ppl_increase: str | None, max_size: str | None, files: list[Path] | None, *, is_searched: bool) -> Gate | None:
+def _gate(max_kld: float | None, max_ppl_increase: str | None, max_size: str | None, files: list[Path] | None, *, has_other_use: bool) -> Gate | None:
     from loopgguf.formats import parse_size
     from loopgguf.gate import Gate, parse_percent
 
     percent = parse_percent(max_ppl_increase, "--max-ppl-increase") if max_ppl_increase is not None else None
     gate = Gate(max_kld, percent, parse_size(max_size) if max_size is not None else None, tuple(files or ()))
-    return None if gate == Gate(files=gate.files if is_searched else ()) else gate
+    return None if gate == Gate(files=gate.files if has_other_use else ()) else gate
 
 
 def _print_found(found: Found) -> None:
@@ -587,6 +589,12 @@ def quantize(
     leave_output_tensor: LeaveOutputOption = False,
     allow_requantize: RequantizeOption = False,
     compensate: CompensateOption = CompensateMode.OFF,
+    compensate_guard: Annotated[
+        bool,
+        typer.Option(
+            "--compensate-guard", help="Measure, on the selection text, which kinds of tensors are better without error feedback, and leave it out there."
+        ),
+    ] = False,
     protect_super_weights: Annotated[
         bool,
         typer.Option("--protect-super-weights", help="Look for super weights, keep them through per-row importance, raise a type where that is not enough."),
@@ -619,7 +627,7 @@ def quantize(
     """Turn MODEL into a quantized GGUF by a size, a profile, a preset or a plan; verified before it gets its name."""
     from loopgguf import report
     from loopgguf.feedback import Compensate
-    from loopgguf.intent import Search
+    from loopgguf.intent import KindGuard, Search
     from loopgguf.workflow import ImatrixRequest
     from loopgguf.workflow import quantize as run
 
@@ -629,11 +637,12 @@ def quantize(
         calibration=ImatrixRequest(tuple(file or ()), ctx_size, samples, parse_special=parse_special, seed=seed),
         exact_errors=exact_errors,
         compensate=Compensate(compensate),
+        guard=KindGuard(tuple(selection_file or ())) if compensate_guard else None,
         protect_super_weights=protect_super_weights,
         super_weight_coverage=_coverage(super_weight_coverage, "--protect-super-weights", wanted=protect_super_weights),
         super_weight_budget_bytes=_super_budget(super_weight_budget, wanted=protect_super_weights),
         search=Search(search_minutes, tuple(selection_file or ())) if search_minutes is not None else None,
-        gate=_gate(max_kld, max_ppl_increase, max_size, selection_file, is_searched=search_minutes is not None),
+        gate=_gate(max_kld, max_ppl_increase, max_size, selection_file, has_other_use=compensate_guard or search_minutes is not None),
         keep_split=keep_split,
         dry_run=dry_run,
     )

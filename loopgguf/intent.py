@@ -47,13 +47,13 @@ from loopgguf.planner import (
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
-from loopgguf.publish import Order, total_bytes
+from loopgguf.publish import Order, Reuse, total_bytes
 from loopgguf.sensitivity import Sensitivities
 from loopgguf.source import Source
 from loopgguf.super_weights import Mask
 
 DEFAULT_PROFILE = "balanced"
-GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a search, or a gate and its recovery, add
+GATE_BYTES = 1024  # of a size that was asked for, kept for the metadata that a search, a guard, or a gate and its recovery, add
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ class Search:
     """How long to look for a better plan of the same size, and on which selection text (default: the one that ships)."""
 
     minutes: float
+    files: tuple[str | Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class KindGuard:
+    """Kinds of tensors keep error feedback only where the file is closer with it on a selection text: that of `files`, default the
+    one that ships."""
+
     files: tuple[str | Path, ...] = ()
 
 
@@ -81,6 +89,7 @@ class QuantizeRequest:
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
+    guard: KindGuard | None = None
     search: Search | None = None
     gate: Gate | None = None  # what the finished file must reach
     protect_super_weights: bool = False
@@ -99,7 +108,9 @@ class Resolved:
     notes: tuple[str, ...] = ()
     sized: SizedPlan | None = None
     protection: Protection | None = None
-    selection: Chunks | None = None  # the text that the plan was chosen on, where it was
+    selection: Chunks | None = None  # the text that the plan was chosen on, where it was, or what goes without feedback
+    plain_kinds: frozenset[str] = frozenset()  # of tensors that go without feedback
+    reuse: Reuse | None = None
     predicted_kld_nats: Measure | None = None  # of the file with plain encoders, from others that were measured on that text
 
     def order(self, request: QuantizeRequest) -> Order:
@@ -110,6 +121,8 @@ class Resolved:
             importance=self.importance,
             imatrix=request.imatrix,
             compensate=request.compensate,
+            plain_kinds=self.plain_kinds,
+            reuse=self.reuse,
             calibration=request.calibration,
             protection=self.protection,
             keep_split=request.keep_split,
@@ -223,7 +236,7 @@ def _resolve_size(source: Source, request: QuantizeRequest, given: Importance | 
         budget_bytes = budget_for_kld(problem, table, request.target_kld_nats, measure_file)
     else:
         budget_bytes = request.size_bytes if request.size_bytes is not None else int((request.target_bpw or 0.0) * source.n_weights / 8)
-    has_more_metadata = request.gate is not None or request.search is not None
+    has_more_metadata = any(part is not None for part in (request.gate, request.search, request.guard))
     sized = plan_size(problem, table, budget_bytes, measure_file, GATE_BYTES if has_more_metadata and request.target_kld_nats is None else 0)
     if request.target_kld_nats is not None:
         sized = meant_for_kld(sized, request.target_kld_nats, measure_file)

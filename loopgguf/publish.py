@@ -80,6 +80,7 @@ class Order:
     importance: Importance | None = None
     imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
     compensate: Compensate = Compensate.OFF
+    plain_kinds: frozenset[str] = frozenset()  # of tensors that are left to the plain encoder all the same
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     protection: Protection | None = None
     keep_split: bool = False
@@ -87,6 +88,10 @@ class Order:
     predicted_kld_nats: Measure | None = None  # on that text
     reuse: Reuse | None = None
     inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
+
+    def wants_feedback(self, name: str) -> bool:
+        """Tell whether a tensor of this name may be encoded with error feedback, where there is what it takes."""
+        return self.compensate is not Compensate.OFF and tensor_role(name).kind not in self.plain_kinds
 
 
 def _metadata(source: Source, order: Order) -> dict[str, Value]:
@@ -228,6 +233,7 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "plan": order.plan.hash,
         "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
         "compensate": order.compensate,
+        "kinds without feedback": sorted(order.plain_kinds),
         "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
         "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
         "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
@@ -245,7 +251,7 @@ def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
     """Say which quantized tensors error feedback was asked for and not tried on."""
     if order.compensate is Compensate.OFF:
         return []
-    quantized = [row.name for row in order.plan.rows if row.is_encoded and row.type in QUANTIZED_TYPES]
+    quantized = [row.name for row in order.plan.rows if row.is_encoded and row.type in QUANTIZED_TYPES and order.wants_feedback(row.name)]
     untried = [name for name in quantized if not logs[name].feedback]
     if not untried:
         return []
@@ -281,7 +287,8 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         journal.stop_if_asked()
 
     def with_feedback(names: list[str], feedback: Feedback) -> None:
-        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, names)])
+        wanted = [name for name in names if order.wants_feedback(name)]
+        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, wanted)])
 
     def encode_layer(layer: int | None, feedback: Feedback) -> None:
         with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
@@ -293,7 +300,7 @@ def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, setti
         with_feedback(list(left), basis.stored)
     elif basis.chunks is not None:
         has_feedback = functools.partial(may_have_feedback, is_tied=is_tied, has_gradients=source.is_checkpoint)
-        layers = {tensor_role(name).layer for name, job in left.items() if has_feedback(job.row)}
+        layers = {tensor_role(name).layer for name, job in left.items() if order.wants_feedback(name) and has_feedback(job.row)}
         if layers:
             _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
     run(list(left.values()))

@@ -49,8 +49,8 @@ def refuse_gate(request: QuantizeRequest, gate: Gate) -> None:
     """Raise UsageError where a gate contradicts itself or the rest of a request."""
     if gate.max_kld_nats is None and gate.max_ppl_increase_percent is None:
         raise UsageError(
-            "--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too (for the text alone, or --search-minutes), "
-            "or leave them out"
+            "--max-size and --selection-file say how a gate is reached: give --max-kld or --max-ppl-increase too (for the text alone, or --search-minutes or "
+            "--compensate-guard), or leave them out"
         )
     for option, limit in (("--max-kld", gate.max_kld_nats), ("--max-ppl-increase", gate.max_ppl_increase_percent)):
         if limit is not None and not 0 < limit < float("inf"):

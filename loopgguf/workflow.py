@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loopgguf.calibration import Chunks
-from loopgguf.checkpoint import SEARCH, drop_stage, job_folder, sweep
+from loopgguf.checkpoint import GUARD, SEARCH, drop_stage, job_folder, sweep
 from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
 from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.fidelity import Fidelity, measure_fidelities
 from loopgguf.gate import CheckedResult, Gate
+from loopgguf.guard import guard_kinds, refuse_guard
 from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, is_sized, resolve
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model
@@ -70,13 +71,11 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     """
     request, settings = request or QuantizeRequest(), settings or Settings()
     gate = request.gate
-    if gate is not None:
-        refuse_gate(request, gate)
-    if request.search is not None:
-        refuse_search(request)
+    _refuse_contradictions(request)
     source, notes = open_model(model, settings)
     selection = selection_chunks(source, request, gate.files, settings) if gate is not None and not request.dry_run else None
     search_text = search_chunks(source, request, settings) if request.search is not None and not request.dry_run else None
+    guard_text = selection_chunks(source, request, request.guard.files, settings) if request.guard is not None and not request.dry_run else None
     output = output or _foreseen_output(model, request)
     folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
     settings = replace(settings, job_folder=folder)
@@ -85,11 +84,13 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     if output is not None and not request.keep_split and not request.dry_run:
         check_outputs(source, [output], (), overwrite=settings.overwrite or (settings.resume and folder.exists()))
     resolved = resolve(source, request, settings)
-    is_measured = search_text is not None or selection is not None
+    is_measured = any(text is not None for text in (search_text, guard_text, selection))
     reference, said = reference_gguf(model, replace(settings, job_folder=None)) if is_measured else (None, [])
     notes += said
     if search_text is not None and reference is not None:
         resolved = search_plan(source, resolved, request, reference, search_text, settings, folder)
+    if guard_text is not None and reference is not None:
+        resolved = guard_kinds(source, resolved, request, reference, guard_text, settings, folder)
     output = output or Path(f"{model_name(model)}-LG-{nearest_label(resolved.plan)}.gguf")
     notes += resolved.notes
     bpw = bits_per_weight(resolved.plan)
@@ -103,12 +104,28 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
             gated = pass_gate(source, resolved, request, gate, output, reference, selection, settings)
             result = replace(gated, notes=(*notes, *gated.notes))
     except QualityError:  # going on would end in the same way
-        drop_stage(folder, SEARCH)
+        _drop_found(folder)
         raise
     if request.dry_run:
         return result
-    drop_stage(folder, SEARCH)
+    _drop_found(folder)
     return result if bpw >= LOW_BPW else _with_collapse_check(result, reference or known_reference(source), settings)
+
+
+def _refuse_contradictions(request: QuantizeRequest) -> None:
+    """Raise UsageError where what is to be measured contradicts the rest of a request."""
+    if request.gate is not None:
+        refuse_gate(request, request.gate)
+    if request.search is not None:
+        refuse_search(request)
+    if request.guard is not None:
+        refuse_guard(request)
+
+
+def _drop_found(folder: Path) -> None:
+    """Remove from a job folder what was found by measuring, for the file that rests on it is there."""
+    drop_stage(folder, SEARCH)
+    drop_stage(folder, GUARD)
 
 
 def _describe_unmeasured(request: QuantizeRequest) -> list[str]:
@@ -117,7 +134,8 @@ def _describe_unmeasured(request: QuantizeRequest) -> list[str]:
         return []
     search = ["search: a dry run measures nothing; types may be swapped within the same size"] if request.search is not None else []
     gate = [f"quality gate: {request.gate}; a dry run measures nothing, and recovery may make the file larger"] if request.gate is not None else []
-    return [*search, *gate]
+    guard = ["guard of error feedback: a dry run measures nothing"] if request.guard is not None else []
+    return [*search, *guard, *gate]
 
 
 def _with_collapse_check(result: WriteResult, reference: Path | None, settings: Settings) -> WriteResult:

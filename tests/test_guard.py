@@ -1,0 +1,118 @@
+"""Kinds of tensors that measured KLD takes error feedback from: which bytes the file has, what is said, and what is left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import numpy as np
+import pytest
+from tiny_llama import write_tiny_llama
+
+from loopgguf import guard, workflow
+from loopgguf.checkpoint import GUARD, job_folder
+from loopgguf.errors import Interrupted, UsageError
+from loopgguf.evaluation import Measure
+from loopgguf.feedback import Compensate
+from loopgguf.importance import ImatrixRequest
+from loopgguf.intent import KindGuard
+from loopgguf.source import open_source
+from loopgguf.workflow import QuantizeRequest, Settings, quantize
+
+SETTINGS = Settings(n_threads=1)
+LOSER = "attn_v"
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture
+def request_(texts: dict[str, Path]) -> QuantizeRequest:
+    calibration = ImatrixRequest((texts["calibration"],), ctx_size=64, n_samples=60)
+    return QuantizeRequest(quant_type="Q4_0", calibration=calibration, compensate=Compensate.FAST, guard=KindGuard((texts["selection"],)))
+
+
+def judge(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let feedback be worth something for every kind but `LOSER`; return the kinds that are measured, as they come."""
+    tried: list[str] = []
+    real_try = guard._Guard._try
+
+    def remember(self: guard._Guard, kind: str, *rest: object) -> guard.KindOutcome:
+        tried.append(kind)
+        return real_try(self, kind, *rest)  # type: ignore[arg-type]
+
+    def compare(with_feedback: object, without: object) -> SimpleNamespace:
+        return SimpleNamespace(mean_kld_difference_nats=Measure(0.001 if tried[-1] == LOSER else -0.001, 0.0005))
+
+    monkeypatch.setattr(guard._Guard, "_try", remember)
+    monkeypatch.setattr(guard, "compare_paired", compare)
+    return tried
+
+
+def payloads(path: Path) -> dict[str, bytes]:
+    return {tensor.name: np.ascontiguousarray(tensor.read_rows(0, tensor.n_rows)).tobytes() for tensor in open_source(path).tensors}
+
+
+def test_only_the_kind_that_loses_goes_without(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kind judged by another's file, feedback that is lost or kept for the wrong tensors, and files left behind."""
+    plain, fed, guarded = (tmp_path / f"{name}.gguf" for name in ("plain", "fed", "guarded"))
+    quantize(model, plain, replace(request_, compensate=Compensate.OFF, guard=None), SETTINGS)
+    unguarded = quantize(model, fed, replace(request_, guard=None), SETTINGS)
+    tried = judge(monkeypatch)
+    result = quantize(model, guarded, request_, SETTINGS)
+    kinds = {name.split(".")[-2] for name, log in unguarded.logs.items() if any(part.damping is not None for part in log.feedback)}
+    assert tried == sorted(kinds) and LOSER in kinds and len(kinds) > 2
+    name = f"blk.0.{LOSER}.weight"
+    assert payloads(fed)[name] != payloads(plain)[name]
+    assert payloads(guarded) == payloads(fed) | {name: payloads(plain)[name]}
+    assert not result.logs[name].feedback
+    said = [note for note in result.notes if note.startswith("feedback for")]
+    assert len(said) == len(kinds) and f"feedback for {LOSER}: mean KLD +0.001 ± 0.0005, left to the plain encoder" in said
+    assert not any("not tried" in note and LOSER in note for note in result.notes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{p.name}{end}" for p in (plain, fed, guarded) for end in ("", ".sha256"))
+
+
+def test_measured_differences_decide(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches the sign of the difference: feedback that makes the file worse kept, and the other dropped."""
+    result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    said = [note for note in result.notes if note.startswith("feedback for")]
+    assert said
+    for note in said:
+        is_lower = "mean KLD -" in note
+        assert note.endswith("kept" if is_lower else "left to the plain encoder")
+
+
+def test_what_was_found_outlives_a_stop(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hours of measuring done again because the last file was not finished, and a file that then has feedback everywhere."""
+    output, finished = tmp_path / "out.gguf", tmp_path / "finished.gguf"
+    tried = judge(monkeypatch)
+    quantize(model, finished, request_, SETTINGS)
+    n_tried = len(tried)
+
+    def stop(*rest: object, **more: object) -> NoReturn:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(workflow, "publish", stop)
+        quantize(model, output, request_, SETTINGS)
+    assert len(tried) == 2 * n_tried and (job_folder(output) / GUARD).is_dir()
+    quantize(model, output, request_, SETTINGS)
+    assert len(tried) == 2 * n_tried
+    assert payloads(output) == payloads(finished)
+    assert not job_folder(output).exists()
+
+
+def test_contradictions_are_refused(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
+    """Catches a guard that measures nothing, or shards it cannot run, after an hour of work."""
+    for change, what in (({"compensate": Compensate.OFF}, "--compensate-guard measures"), ({"keep_split": True}, "--keep-split and --compensate-guard")):
+        with pytest.raises(UsageError, match=what):
+            quantize(model, tmp_path / "out.gguf", replace(request_, **change), SETTINGS)
