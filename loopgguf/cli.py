@@ -146,7 +146,7 @@ RequantizeOption = Annotated[bool, typer.Option("--allow-requantize", help="Acce
 CompensateOption = Annotated[
     CompensateMode,
     typer.Option(
-        "--compensate", help="Error feedback around the encoder and once over single codes (fast), or thoroughly (full); auto: full up to 2 billion weights."
+        "--compensate", help="Error feedback around the encoder and briefly over single codes (fast), or thoroughly (full); auto: full up to 2 billion weights."
     ),
 ]
 ReferenceOption = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The model it was made from: a folder or a full-precision GGUF.")]

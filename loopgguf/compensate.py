@@ -103,13 +103,19 @@ class Effort:
 
     dampings: those tried on a sample of rows; the best of them encodes the tensor. sweeps: 0 hands errors from block to
     block around the encoder; else single codes are then moved, with the scales that the encoder found, each in the light of
-    all others of its block of rows, so many times at most. is_thorough: the codes inside a block of columns are chosen one
+    all others of its block of rows, so many times at most; `sweeps_of_k` says so of K types, for whose encoders a sweep's
+    products of matrices take as long as the encoder itself. is_thorough: the codes inside a block of columns are chosen one
     after the other too, and in the end as many sweeps go over all rows, each in the light of all others.
     """
 
     dampings: tuple[Damping, ...]
     sweeps: int = 0
+    sweeps_of_k: int = 0
     is_thorough: bool = False
+
+    def sweeps_for(self, ggml_type: GgmlType) -> int:
+        """Return how many sweeps a type gets at most."""
+        return self.sweeps_of_k if ggml_type.name.endswith("_K") else self.sweeps
 
 
 class Columns:
@@ -266,8 +272,10 @@ class Encoding:
 PLAIN = "plain"
 FAILED = "feedback failed"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
-FAST = Effort((Damping(0.1),), sweeps=1)
-FULL = Effort((Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), sweeps=8, is_thorough=True)
+FAST = Effort((Damping(0.1),), sweeps=2, sweeps_of_k=1)
+FULL = Effort(
+    (Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), sweeps=8, sweeps_of_k=8, is_thorough=True
+)
 PROBE_ROWS = 128  # on which dampings are compared
 
 
@@ -293,7 +301,9 @@ def encode_guarded(
         damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
         H = damped(objective, damping)
         for way, H_O in {**ways, "columns": None}.items():
-            packed, decoded = compensate(W, ggml_type, H, importance=inner, H_O=H_O, sweeps=effort.sweeps, is_thorough=effort.is_thorough, pins=pins)
+            packed, decoded = compensate(
+                W, ggml_type, H, importance=inner, H_O=H_O, sweeps=effort.sweeps_for(ggml_type), is_thorough=effort.is_thorough, pins=pins
+            )
             if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
                 decoded = ggml.decode_rows(ggml_type, packed)
             ratio = curvature.estimate(decoded - W) / plain_error

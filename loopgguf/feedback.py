@@ -42,7 +42,7 @@ AUTO_FULL_WEIGHTS = 2_000_000_000  # up to which `auto` takes the time for `full
 
 
 class Compensate(StrEnum):
-    """How hard error feedback tries: not at all, around the encoder and once over single codes, thoroughly with the best damping
+    """How hard error feedback tries: not at all, around the encoder and briefly over single codes, thoroughly with the best damping
     for each tensor, or (auto) the latter for models up to two billion weights and the former for larger ones."""
 
     OFF = "off"
@@ -199,7 +199,7 @@ def _are_enough(train: Gram, holdout: Gram) -> bool:
 
 def describe_feedback(source: Source, compensate: Compensate, stored: Feedback | None) -> str:
     """Return in a line what error feedback will do with a model."""
-    effort = "thoroughly, down to single codes" if compensate.effort(source.n_weights) is FULL else "around the encoder, once over single codes"
+    effort = "thoroughly, down to single codes" if compensate.effort(source.n_weights) is FULL else "around the encoder, briefly over single codes"
     if stored is not None:
         basis = f"the matrices beside the imatrix, with{'' if stored.train.weighted else 'out'} gradients"
     else:

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from loopgguf import compensate as compensate_module
 from loopgguf import ggml
-from loopgguf.compensate import ROW_BLOCK, Columns, Damping, LossCurvature, compensate, damped, feedback_factor, mixed, row_blocks, weighted_error
+from loopgguf.compensate import (
+    FAST,
+    ROW_BLOCK,
+    Columns,
+    Damping,
+    LossCurvature,
+    compensate,
+    damped,
+    encode_guarded,
+    feedback_factor,
+    mixed,
+    row_blocks,
+    weighted_error,
+)
 from loopgguf.formats import GgmlType
 from loopgguf.super_weights import Pin, encode_rows, restore_missed_rows
 
@@ -145,6 +158,17 @@ def test_feedback_that_fails_leaves_the_plain_bytes_and_says_so(monkeypatch: pyt
     encoding = compensate_module.encode_guarded(W, GgmlType.Q4_0, ones, compensate_module.LossCurvature(H, held_out=H))
     assert np.array_equal(encoding.packed, ggml.encode_rows(GgmlType.Q4_0, W, ones))
     assert (encoding.way, encoding.damping) == ("plain (feedback failed)", None)
+
+
+def test_an_effort_is_what_it_says() -> None:
+    """Sweeps of K types for the others, or the other way round: `fast` is then slower, or worse, than it has to be."""
+    W = np.random.default_rng(24).normal(size=(ROW_BLOCK, 256)).astype(np.float32)
+    H, importance = _covariance(256, 25, 300), np.ones(256, np.float32)
+    for ggml_type, sweeps in ((GgmlType.Q4_0, 2), (GgmlType.Q3_K, 1)):
+        damped_H, inner = damped(H, Damping(0.1)), np.diag(H).astype(np.float32)
+        expected, other = (compensate(W, ggml_type, damped_H, importance=inner, sweeps=n)[0] for n in (sweeps, 3 - sweeps))
+        packed = encode_guarded(W, ggml_type, importance, LossCurvature(H, H), FAST).packed
+        assert np.array_equal(packed, expected) and not np.array_equal(packed, other)
 
 
 def test_whole_effort_lowers_both_objectives() -> None:

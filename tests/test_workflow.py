@@ -253,7 +253,7 @@ def test_error_feedback_from_matrices_made_before(demo_model: Path) -> None:
     said: list[str] = []
     request = QuantizeRequest(quant_type="Q4_0", imatrix=made, calibration=replace(text, n_samples=1), compensate=Compensate.FAST)
     stored = quantize(demo_model, Path("a.gguf"), request, Settings(announce=said.append))
-    assert "error feedback: around the encoder, once over single codes, under the matrices beside the imatrix, with gradients" in said
+    assert "error feedback: around the encoder, briefly over single codes, under the matrices beside the imatrix, with gradients" in said
     fresh = quantize(demo_model, Path("b.gguf"), QuantizeRequest(quant_type="Q4_0", calibration=text, compensate=Compensate.FAST))
     ratios = [[log.held_out_ratio for name in sorted(r.logs) for log in r.logs[name].feedback] for r in (stored, fresh)]
     assert len(ratios[0]) > 20 and np.allclose(*ratios, rtol=0.02)

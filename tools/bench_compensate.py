@@ -87,8 +87,8 @@ def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: i
     for ggml_type in types:
         works: dict[str, Callable[[], object]] = {
             "libggml": lambda t=ggml_type: ggml.encode_rows(t, W, importance),
-            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FAST.sweeps),
-            "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FULL.sweeps, is_thorough=True),
+            "fast": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FAST.sweeps_for(t)),
+            "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FULL.sweeps_for(t), is_thorough=True),
         }
         for effort, work in works.items():
             seconds = timed(work, n_threads) - (factors[FORMATS[ggml_type].block] if effort != "libggml" else 0)
