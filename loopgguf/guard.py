@@ -73,7 +73,11 @@ def guard_kinds(source: Source, resolved: Resolved, request: QuantizeRequest, re
         if state is None:
             shutil.rmtree(job.work)  # a killed run's
             guard = _Guard(source, resolved.order(request), reference, replace(chunks, tokens=chunks.tokens[spread]), settings, job)
-            outcomes, reuse = guard.run()
+            try:
+                outcomes, reuse = guard.run()
+            except BaseException:
+                shutil.rmtree(job.work, ignore_errors=True)  # of which nothing is gone on with
+                raise
             plain = [outcome.kind for outcome in outcomes if not outcome.is_kept]
             state = State(1, facts={"plain": plain, "notes": [str(outcome) for outcome in outcomes]})
             job.save(state)
@@ -115,19 +119,14 @@ class _Guard:
         try:
             return publish(self.source, order, path, settings, ())
         except Interrupted:
-            raise self._interrupted() from None
+            raise Interrupted(self._interrupted()) from None
 
     def _measure(self, path: Path) -> Quality:
-        return measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=self._progress)
+        progress = self.job.stopping(self.settings.progress, self._interrupted)
+        return measure_quality(path, self.reference, self.chunks.tokens, n_threads=self.settings.n_threads, progress=progress)
 
-    def _progress(self, phase: str, done: int, total: int) -> None:
-        if self.settings.progress is not None:
-            self.settings.progress(phase, done, total)
-        if self.job.should_stop:
-            raise self._interrupted()
-
-    def _interrupted(self) -> Interrupted:
-        return Interrupted("interrupted in the guard of error feedback, of which nothing is kept: the same command measures anew")
+    def _interrupted(self, *_: int) -> str:
+        return "interrupted in the guard of error feedback, of which nothing is kept: the same command measures anew"
 
 
 def _without(reuse: Reuse, kinds: set[str]) -> Reuse:

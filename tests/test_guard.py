@@ -111,6 +111,20 @@ def test_what_was_found_outlives_a_stop(model: Path, request_: QuantizeRequest, 
     assert not job_folder(output).exists()
 
 
+def test_a_stop_in_the_guard_leaves_nothing(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a whole file that stays in the job folder of a run that says nothing is kept."""
+    measure = guard._Guard._measure
+
+    def stopped(self: guard._Guard, path: Path) -> object:
+        self.job.should_stop = True
+        return measure(self, path)
+
+    monkeypatch.setattr(guard._Guard, "_measure", stopped)
+    with pytest.raises(Interrupted, match="of which nothing is kept"):
+        quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_contradictions_are_refused(model: Path, request_: QuantizeRequest, tmp_path: Path) -> None:
     """Catches a guard that measures nothing, or shards it cannot run, after an hour of work."""
     for change, what in (({"compensate": Compensate.OFF}, "--compensate-guard measures"), ({"keep_split": True}, "--keep-split and --compensate-guard")):
