@@ -408,7 +408,7 @@ def collect_grams_from_gguf(
             progress=counted,
             process_output=process_output,
             wants=None if number == 0 else is_of_block,
-            score_every=SCORE_EVERY,
+            score_every=SCORE_EVERY if number == 0 else n_steps,  # nobody asks later passes for their perplexity
         )
         results.append(result)
         for layer in block:

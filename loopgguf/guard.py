@@ -21,9 +21,9 @@ from loopgguf.errors import Interrupted, UsageError
 from loopgguf.evaluation import Measure, Quality, compare_paired, measure_quality
 from loopgguf.feedback import Compensate
 from loopgguf.intent import QuantizeRequest, Resolved
-from loopgguf.opening import Settings, model_fields
+from loopgguf.opening import Settings
 from loopgguf.pipeline import WriteResult
-from loopgguf.publish import Order, Reuse, publish
+from loopgguf.publish import Order, Reuse, encoding_fields, find_basis, publish
 from loopgguf.source import Source
 from loopgguf.splits import tokens_sha256
 
@@ -62,17 +62,13 @@ def guard_kinds(source: Source, resolved: Resolved, request: QuantizeRequest, re
     for a run that goes on. Raises Interrupted when the user stops it, of which nothing is kept; else as `publish.publish`.
     """
     spread = np.linspace(0, len(chunks.tokens) - 1, min(N_CHUNKS, len(chunks.tokens))).astype(int)
-    fingerprint = {
-        **model_fields(source, settings),
-        "plan": resolved.plan.hash,
-        "compensate": request.compensate,
-        "selection text": tokens_sha256(chunks.tokens),
-    }
+    order = resolved.order(request)
+    fingerprint = {**encoding_fields(source, order, find_basis(source, order, settings), settings), "selection text": tokens_sha256(chunks.tokens)}
     with open_stage(folder, GUARD, fingerprint, resume=settings.resume) as job:
         state, reuse = job.load(), None
         if state is None:
             shutil.rmtree(job.work)  # a killed run's
-            guard = _Guard(source, resolved.order(request), reference, replace(chunks, tokens=chunks.tokens[spread]), settings, job)
+            guard = _Guard(source, order, reference, replace(chunks, tokens=chunks.tokens[spread]), settings, job)
             try:
                 outcomes, reuse = guard.run()
             except BaseException:

@@ -260,7 +260,8 @@ def measure_table(source: Source, requests: Sequence[Request], importance: Impor
             n_threads=settings.n_threads,
             progress=stop.stopping(settings.progress, _interrupted),
         )
-    return tilted(table, FEEDBACK_GAINS) if request.compensate is not Compensate.OFF and gradients is not None else table
+    has_feedback = request.compensate is not Compensate.OFF and importance is not None
+    return tilted(table, FEEDBACK_GAINS) if has_feedback and gradients is not None else table
 
 
 def _find_gradients(source: Source, request: QuantizeRequest, settings: Settings) -> Sensitivities | None:

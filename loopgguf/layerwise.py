@@ -9,11 +9,13 @@ Torch and transformers are imported by the functions that need them, and no code
 from __future__ import annotations
 
 import math
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -421,19 +423,24 @@ class _GradientPass(_Pass):
         with self.model.norm() as norm:
             self._losses, gradients = self.differentiate_head(last, norm)
         if self.storage.folder is not None:
-            np.save(self.storage.folder / _LOSSES, self._losses)
-            sums: dict[str, Any] = dict(self.audience.state())
-            np.savez(self.storage.folder / _SUMS_AT_HEAD, **sums)
+            losses, sums = self._losses, dict[str, Any](self.audience.state())
+            _save(self.storage.folder / _LOSSES, lambda stream: np.save(stream, losses))
+            _save(self.storage.folder / _SUMS_AT_HEAD, lambda stream: np.savez(stream, **sums))
         gradients.publish()
         self.storage.drop(last)
         return gradients
 
     def take_up_head(self) -> None:
         """Go on from what a job kept in its folder when the head was done: the losses, and what the audience summed up of it."""
-        assert self.storage.folder is not None
-        self._losses = np.load(self.storage.folder / _LOSSES, allow_pickle=False)
-        with np.load(self.storage.folder / _SUMS_AT_HEAD, allow_pickle=False) as sums:
-            self.audience.restore(dict(sums))
+        folder = self.storage.folder
+        assert folder is not None
+        try:
+            self._losses = np.load(folder / _LOSSES, allow_pickle=False)
+            with np.load(folder / _SUMS_AT_HEAD, allow_pickle=False) as sums:
+                kept = dict(sums)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"job folder {folder} is damaged: got no readable {_LOSSES} and {_SUMS_AT_HEAD}. Start anew with --no-resume") from error
+        self.audience.restore(kept)
 
     def differentiate_head(self, states: HiddenStates, norm: Callable[[torch.Tensor], torch.Tensor]) -> tuple[NDArray[np.float64], HiddenStates]:
         """Return the losses of the scored tokens and the gradients at the last layer's output."""
@@ -479,6 +486,14 @@ class _GradientPass(_Pass):
 
 
 # --- doors ------------------------------------------------------------------------------------------------------------
+
+
+def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a part of a job, durably: what is published after it relies on it."""
+    with path.open("wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager

@@ -172,7 +172,10 @@ def _parse_speed(data: object, where: str) -> Speed:
 
 def load_plan(path: Path) -> SavedPlan:
     """Return the plan in `path`. Raises InputError naming the key for anything unknown, missing, of another kind, or changed."""
-    values = _checked(load_json(path), _DOCUMENT_KEYS, str(path))
+    data = load_json(path)
+    if isinstance(data, dict):
+        data.setdefault("speeds", {})  # which older plans do not have
+    values = _checked(data, _DOCUMENT_KEYS, str(path))
     if values["format"] != PLAN_FORMAT:
         _refuse(f"format in {path}", values["format"], repr(PLAN_FORMAT))
     rows = tuple(_parse_row(row, f"row {i} of {path}") for i, row in enumerate(values["rows"], 1))

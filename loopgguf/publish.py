@@ -183,7 +183,9 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     if dry_run:
         return WriteResult(order.plan, paths, n_bytes, {}, {}, "", tuple(notes), is_dry_run=True)
     check_outputs(source, paths, order.inputs, overwrite=True)
-    basis = _find_basis(source, order, settings)
+    basis = find_basis(source, order, settings)
+    if order.compensate is not Compensate.OFF:
+        settings.announce(describe_feedback(source, order.compensate, basis.stored))
     fingerprint = _fingerprint(source, order, files, basis, settings)
     with open_stage(settings.job_folder or job_folder(output), QUANTIZE, fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
         state = job.load()
@@ -207,29 +209,36 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
 
 
 @dataclass(frozen=True)
-class _Basis:
+class Basis:
     """What error feedback rests on: the matrices beside the imatrix, or else a pass over calibration text."""
 
     stored: Feedback | None = None
     chunks: Chunks | None = None
 
 
-def _find_basis(source: Source, order: Order, settings: Settings) -> _Basis:
+def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
+    """Return what an order's error feedback rests on; nothing where it has none."""
     if order.compensate is Compensate.OFF:
-        return _Basis()
+        return Basis()
     stored = stored_feedback(order.imatrix)
-    settings.announce(describe_feedback(source, order.compensate, stored))
-    return _Basis(stored, calibration_chunks(source, order.calibration, settings) if stored is None else None)
+    return Basis(stored, calibration_chunks(source, order.calibration, settings) if stored is None else None)
 
 
-def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], basis: _Basis, settings: Settings) -> dict[str, object]:
+def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], basis: Basis, settings: Settings) -> dict[str, object]:
     """Return what the bytes of the output depend on, by names that a user understands."""
+    return {
+        "output": [path.name for path, _ in files],
+        "metadata": content_key(*(hashlib.sha256(layout.header).hexdigest() for _, layout in files)),
+        **encoding_fields(source, order, basis, settings),
+    }
+
+
+def encoding_fields(source: Source, order: Order, basis: Basis, settings: Settings) -> dict[str, object]:
+    """Return what the bytes of an order's tensors depend on, by names that a user understands."""
     libraries = ["llama-cpp-python", "numpy", *([] if order.compensate is Compensate.OFF else ["numba", "scipy", "torch"])]
     used = order.importance if order.importance is not None and order.importance.statistics is not None else None
     return {
         **model_fields(source, settings),
-        "output": [path.name for path, _ in files],
-        "metadata": content_key(*(hashlib.sha256(layout.header).hexdigest() for _, layout in files)),
         "plan": order.plan.hash,
         "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
         "compensate": order.compensate,
@@ -259,7 +268,7 @@ def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
     return [f"error feedback: not tried on {len(untried)} of {len(quantized)} quantized tensors ({names_text(untried)}): {why}"]
 
 
-def _encode(source: Source, order: Order, basis: _Basis, journal: Journal, settings: Settings) -> None:
+def _encode(source: Source, order: Order, basis: Basis, journal: Journal, settings: Settings) -> None:
     """Encode and write the tensors that the journal does not have: at once, or with error feedback each layer as soon as its
     matrices are known."""
     tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
@@ -344,7 +353,7 @@ class _Written:
     super_weights: tuple[KeptWeight, ...] | None
 
 
-def _write(source: Source, order: Order, basis: _Basis, journal: Journal, settings: Settings) -> _Written:
+def _write(source: Source, order: Order, basis: Basis, journal: Journal, settings: Settings) -> _Written:
     """Encode, flush, verify and publish."""
     parts = journal.parts
     seconds: dict[str, float] = {}
