@@ -105,6 +105,9 @@ def test_what_was_found_outlives_a_stop(model: Path, request_: QuantizeRequest, 
         patch.setattr(workflow, "publish", stop)
         quantize(model, output, request_, SETTINGS)
     assert len(tried) == 2 * n_tried and (job_folder(output) / GUARD).is_dir()
+    other = replace(request_, calibration=replace(request_.calibration, n_samples=40))
+    with pytest.raises(UsageError, match="calibration text"):  # another's verdict
+        quantize(model, output, other, SETTINGS)
     quantize(model, output, request_, SETTINGS)
     assert len(tried) == 2 * n_tried
     assert payloads(output) == payloads(finished)

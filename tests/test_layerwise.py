@@ -11,6 +11,7 @@ from loopgguf.accumulators import Columns, ColumnSums, HoldoutSplit, Spikes, spl
 from loopgguf.architectures import input_group, rope_source_rows, tensor_role
 from loopgguf.attention import AttentionMass
 from loopgguf.curvature import GramSet, GramSums, summarize_layer
+from loopgguf.errors import InputError
 from loopgguf.hidden_states import finished_layers
 from loopgguf.layerwise import GradientPlan, collect_from_checkpoint, collect_gradients, plan_gradient_pass
 from loopgguf.sensitivity import SensitivitySums
@@ -411,6 +412,11 @@ def test_a_gradient_job_goes_on_after_its_last_block(demo_model: Path, chunks: n
         with pytest.raises(Killed):
             run()
         assert finished_layers(tmp_path) == done
+    at_head = (tmp_path / "sums-at-head.npz").read_bytes()
+    (tmp_path / "sums-at-head.npz").write_bytes(at_head[:100])
+    with pytest.raises(InputError, match=r"is damaged: got no readable .*sums-at-head"):
+        run()
+    (tmp_path / "sums-at-head.npz").write_bytes(at_head)
     resumed, rest = run()
     assert resumed == result
     assert steps[-1][0] == steps[-1][1]

@@ -43,6 +43,12 @@ def test_a_plan_survives_the_file(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) == len(ROWS) + 12  # a line per tensor: diffs are readable
 
 
+def test_a_plan_without_speeds_is_read(path: Path) -> None:
+    """Catches plans refused that were made before speeds were measured: nothing depends on them."""
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "speeds"}), encoding="utf-8")
+    assert load_plan(path) == replace(SAVED, speeds={})
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
