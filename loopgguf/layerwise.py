@@ -436,7 +436,7 @@ class _GradientPass(_Pass):
         assert folder is not None
         try:
             self._losses = np.load(folder / _LOSSES, allow_pickle=False)
-            with np.load(folder / _SUMS_AT_HEAD, allow_pickle=False) as sums:
+            with (folder / _SUMS_AT_HEAD).open("rb") as stream, np.load(stream, allow_pickle=False) as sums:
                 kept = dict(sums)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"job folder {folder} is damaged: got no readable {_LOSSES} and {_SUMS_AT_HEAD}. Start anew with --no-resume") from error
