@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Outcome, Run
+from tiny_llama import write_tiny_llama
 
 from loopgguf import cli
 from loopgguf.calibration import default_text, load_chunks
@@ -72,6 +73,18 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = folder / f"{name}.txt"
         found[name].write_text("".join(np.random.default_rng(seed).choice([*"abcde fghij"], 6000)), encoding="utf-8")
     return found
+
+
+@pytest.fixture
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder of each test's own, outside its `tmp_path`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama as a GGUF, for tests that quantize many times."""
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
 @pytest.fixture

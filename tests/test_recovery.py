@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_llama import write_tiny_llama
 
 from loopgguf import intent, pipeline, publish, recovery
 from loopgguf.calibration import Chunks
@@ -27,17 +26,9 @@ from loopgguf.planner import TypeRules, parse_overrides
 from loopgguf.source import open_source
 from loopgguf.workflow import QuantizeRequest, Settings, compare, quantize
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 SETTINGS = Settings(n_threads=1)
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from tiny_llama import write_tiny_llama
 
 from loopgguf import search, workflow
 from loopgguf.checkpoint import SEARCH, Job, job_folder
@@ -29,18 +28,10 @@ from loopgguf.source import open_source
 from loopgguf.super_weights import Mask, Spike, SuperWeight
 from loopgguf.workflow import QuantizeRequest, Settings, quantize
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 SETTINGS = Settings(n_threads=1)
 SIZE = 33_000
-
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
