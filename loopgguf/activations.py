@@ -323,7 +323,7 @@ def collect_from_gguf(
     the feed-forward network changed for the time of the pass, with their `original` values. losses: of the
     chunks that are done, one array each; the pass goes on after them and appends, calling on_chunk(number) after each,
     which is how a job is resumed. score_every: take the losses of every so many-th chunk alone, and spare the others the head,
-    a tenth of the work or more. Raises InputError when llama.cpp cannot run the model or something is not finite.
+    which has a fifth of the weights of SmolLM2-135M. Raises InputError when llama.cpp cannot run the model or something is not finite.
     """
     n_chunks, n_ctx = chunks.shape
     first = first_scored(n_ctx)
