@@ -1,9 +1,13 @@
-"""Error feedback by kind of tensor, made sure of by measuring: a kind keeps it only where the file is closer with it.
+"""Error feedback by kind of tensor, made sure of by measuring: a kind loses it where the file is seen to be further off with it.
 
 Held-out matrices accept or refuse feedback tensor by tensor (`compensate.py`), which is a layer's view of the loss. Here
 the whole file is written with feedback, and then once for each kind (queries, keys, …) with the plain encoder's bytes for
-that kind alone, all other tensors taken over; both are run on some chunks of selection text. A kind whose feedback does not
-lower the mean KLD goes without it in the file that is published. Pairs of kinds are not tried.
+that kind alone, all other tensors taken over; both are run on some chunks of selection text. A kind goes without feedback in
+the file that is published where the mean KLD is higher with it by a one-sided paired t test over chunks, at `LEVEL`. The
+burden of proof lies on dropping it, for held-out tokens have accepted it already: the sign of a mean alone would drop half of
+all kinds to which feedback does nothing, and with them those to which it does a little good. Each kind has a test of its own,
+without a correction for their number, as a kind that is dropped by chance costs no more than what it was worth, which is
+little, or chance would not have hidden it. Pairs of kinds are not tried.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit
 
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
@@ -24,10 +29,13 @@ from loopgguf.intent import QuantizeRequest, Resolved
 from loopgguf.opening import Settings
 from loopgguf.pipeline import WriteResult
 from loopgguf.publish import Order, Reuse, encoding_fields, find_basis, publish
+from loopgguf.recovery import selection_chunks
 from loopgguf.source import Source
 from loopgguf.splits import tokens_sha256
 
 N_CHUNKS = 16  # of the selection text, evenly spread: a kind's effect shows on few, for pairs of files differ by little else
+MIN_CHUNKS = 4  # below which a difference has hardly an error bar
+LEVEL = 0.05  # how often a kind that feedback neither serves nor harms is dropped
 
 
 def refuse_guard(request: QuantizeRequest) -> None:
@@ -38,16 +46,31 @@ def refuse_guard(request: QuantizeRequest) -> None:
         raise UsageError("--keep-split and --compensate-guard contradict each other: a guard runs single files. Give one of them")
 
 
+def guard_chunks(source: Source, request: QuantizeRequest, settings: Settings) -> Chunks:
+    """Return the text that kinds are measured on; raises UsageError where it is too short, or as `recovery.selection_chunks`."""
+    assert request.guard is not None
+    chunks = selection_chunks(source, request, request.guard.files, settings)
+    n_chunks, n_ctx = chunks.tokens.shape
+    if n_chunks < MIN_CHUNKS:
+        raise UsageError(
+            f"--compensate-guard: got {n_chunks} chunks of {n_ctx} tokens of selection text, expected at least {MIN_CHUNKS}. Give more with --selection-file"
+        )
+    return chunks
+
+
 @dataclass(frozen=True)
 class KindOutcome:
-    """How much higher the mean KLD is with feedback for one kind of tensor than without, in nats, and whether the kind keeps it."""
+    """How much higher the mean KLD is with feedback for one kind of tensor than without, in nats, the mean over n_chunks paired
+    chunks, and whether the kind keeps it."""
 
     kind: str
     difference_nats: Measure
+    n_chunks: int
 
     @property
     def is_kept(self) -> bool:
-        return self.difference_nats.value < 0
+        error = self.difference_nats.standard_error
+        return error is None or self.difference_nats.value <= float(stdtrit(self.n_chunks - 1, 1 - LEVEL)) * error
 
     def __str__(self) -> str:
         error = "" if self.difference_nats.standard_error is None else f" ± {self.difference_nats.standard_error:.2g}"
@@ -55,9 +78,9 @@ class KindOutcome:
 
 
 def guard_kinds(source: Source, resolved: Resolved, request: QuantizeRequest, reference: Path, chunks: Chunks, settings: Settings, folder: Path) -> Resolved:
-    """Return the request resolved so that kinds of tensors which feedback does not serve go without it, and a note on each kind.
+    """Return the request resolved so that kinds of tensors which feedback harms go without it, and a note on each kind.
 
-    reference: the full-precision GGUF. chunks: of the selection text. folder: the command's job folder, in which at most two
+    reference: the full-precision GGUF. chunks: `guard_chunks`. folder: the command's job folder, in which at most two
     files lie while they are measured; the one with feedback stays to be taken over, until `drop_stage`. What was found stays
     for a run that goes on. Raises Interrupted when the user stops it, of which nothing is kept; else as `publish.publish`.
     """
@@ -105,7 +128,7 @@ class _Guard:
     def _try(self, kind: str, fed: Path, result: WriteResult, with_all: Quality) -> KindOutcome:
         trial = self.job.work / "trial.gguf"
         self._write(trial, replace(self.order, plain_kinds=frozenset({kind}), reuse=_without(Reuse.of(result, fed, result.plan), {kind})))
-        outcome = KindOutcome(kind, compare_paired(with_all, self._measure(trial)).mean_kld_difference_nats)
+        outcome = KindOutcome(kind, compare_paired(with_all, self._measure(trial)).mean_kld_difference_nats, with_all.n_chunks)
         trial.unlink()
         self.settings.announce(f"guard: {outcome}")
         return outcome

@@ -17,7 +17,7 @@ from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.fidelity import Fidelity, measure_fidelities
 from loopgguf.gate import CheckedResult, Gate
-from loopgguf.guard import guard_kinds, refuse_guard
+from loopgguf.guard import guard_chunks, guard_kinds, refuse_guard
 from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
 from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, is_sized, resolve
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model
@@ -75,7 +75,7 @@ def quantize(model: Path, output: Path | None = None, request: QuantizeRequest |
     source, notes = open_model(model, settings)
     selection = selection_chunks(source, request, gate.files, settings) if gate is not None and not request.dry_run else None
     search_text = search_chunks(source, request, settings) if request.search is not None and not request.dry_run else None
-    guard_text = selection_chunks(source, request, request.guard.files, settings) if request.guard is not None and not request.dry_run else None
+    guard_text = guard_chunks(source, request, settings) if request.guard is not None and not request.dry_run else None
     output = output or _foreseen_output(model, request)
     folder = settings.job_folder or job_folder(output or Path(f"{model_name(model)}-LG"))
     settings = replace(settings, job_folder=folder)
