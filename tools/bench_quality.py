@@ -1,7 +1,7 @@
 """How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
 
     python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
-        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--blocks] [--weights-only]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--blocks|--pure] [--weights-only]
         [--texts DIR] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
@@ -14,7 +14,8 @@ mean KLD to B's, with the paired standard error over chunks: below 1, A is close
 plans a file no larger than B's and compares it with B, and with the best of the measured presets that are as small
 where that is another; with `--compensate MODE` each preset's types are encoded with error
 feedback too, as B+MODE, and compared with B: the same bytes on both sides. `--blocks` gives all linears of the blocks the
-type and leaves embedding and head at BF16; `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
+type and leaves embedding and head at BF16, `--pure` gives these the type too (embeddings Q2_K where ggml cannot encode
+the type without an imatrix, as in those presets); `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
 of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `texts.py`. Each text is measured by itself. Nothing is
 tuned here and no file is chosen by these figures.
 """
@@ -40,9 +41,10 @@ from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
-from loopgguf.formats import GgmlType
+from loopgguf.formats import IMATRIX_REQUIRED_BY_GGML, GgmlType
 from loopgguf.opening import default_threads
 from loopgguf.planner import OUTPUT, TypeRules, plan_conversion
+from loopgguf.presets import find_preset
 from loopgguf.publish import Order, publish
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, quantize, reference_gguf
@@ -104,15 +106,21 @@ def block_rules(model: Path) -> TypeRules:
     return TypeRules(pure=True, output_type=GgmlType.BF16 if has_head else None, token_embedding_type=GgmlType.BF16)
 
 
+def pure_rules(preset: str) -> TypeRules:
+    """Return the rules that give all tensors the type of a preset; embeddings, which have no imatrix, another where ggml needs one."""
+    needs_imatrix = find_preset(preset).default in IMATRIX_REQUIRED_BY_GGML
+    return TypeRules(pure=True, token_embedding_type=GgmlType.Q2_K if needs_imatrix else None)
+
+
 def make_requests(model: Path, options: argparse.Namespace) -> dict[str, QuantizeRequest]:
     """Return the presets and profiles asked for, by name."""
     rules = block_rules(model) if options.blocks else TypeRules()
     common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())), rules=rules)
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
-    requests = {name: replace(common, quant_type=name) for name in presets}
+    requests = {name: replace(common, quant_type=name, rules=pure_rules(name) if options.pure else rules) for name in presets}
     if options.compensate is not Compensate.OFF:
-        requests |= {f"{name}+{options.compensate}": replace(ours, quant_type=name) for name in split(options.types)}
+        requests |= {f"{name}+{options.compensate}": replace(requests[name], compensate=options.compensate) for name in split(options.types)}
     return requests | {name: replace(ours, profile=name) for name in split(options.profiles)}
 
 
@@ -314,7 +322,9 @@ def main() -> int:
         default=Compensate.OFF,
         help="error feedback in profiles and files by size, and in a second file of each preset, which is compared with it",
     )
-    parser.add_argument("--blocks", action="store_true", help="the types for the linears of the blocks only, embedding and head at BF16")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--blocks", action="store_true", help="the types for the linears of the blocks only, embedding and head at BF16")
+    scope.add_argument("--pure", action="store_true", help="the types for all tensors, embedding and head too")
     parser.add_argument("--weights-only", action="store_true", help="measure the files' weights, decoded to F32")
     parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see texts.py")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
