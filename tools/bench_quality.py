@@ -1,8 +1,8 @@
 """How close quantized files are to the model they were made from: a table per model and text, presets and profiles side by side.
 
     python tools/bench_quality.py [--model demo|smollm2|smollm2-wide|PATH]… [--text FILE…] [--chunks N]
-        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--blocks|--pure] [--weights-only]
-        [--texts DIR] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
+        [--types Q4_0,Q4_K_M] [--profiles balanced] [--at-size-of Q4_K_M,…] [--compensate fast|full] [--weights-only]
+        [--blocks|--pure [--output-tensor-type TYPE]] [--texts DIR] [--files a.gguf,b.gguf] [--compare balanced=Q4_K_M,…] [--markdown] [--json FILE]
 
 All files of a model are made with one imatrix, from the calibration text that ships unless `--calibration` gives
 others. The presets' files are loopgguf's own: their tensors are byte for byte those of llama.cpp's quantizer with the
@@ -14,10 +14,10 @@ mean KLD to B's, with the paired standard error over chunks: below 1, A is close
 plans a file no larger than B's and compares it with B, and with the best of the measured presets that are as small
 where that is another; with `--compensate MODE` each preset's types are encoded with error
 feedback too, as B+MODE, and compared with B: the same bytes on both sides. `--blocks` gives all linears of the blocks the
-type and leaves embedding and head at BF16, `--pure` gives these the type too (embeddings Q2_K where ggml cannot encode
-the type without an imatrix, as in those presets); `--weights-only` measures each file decoded to F32, so that llama.cpp's rounding
-of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by `texts.py`. Each text is measured by itself. Nothing is
-tuned here and no file is chosen by these figures.
+type and leaves embedding and head at BF16, `--pure` gives these the type too (Q2_K where ggml cannot encode the type without an
+imatrix), but the head another with `--output-tensor-type`; `--weights-only` measures each file decoded to F32, so that
+llama.cpp's rounding of activations is in neither side. `--texts DIR` takes calibration and texts from a folder by
+`texts.py`. Each text is measured by itself. Nothing is tuned here and no file is chosen by these figures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from loopgguf.container import read_shards
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
-from loopgguf.formats import IMATRIX_REQUIRED_BY_GGML, GgmlType
+from loopgguf.formats import IMATRIX_REQUIRED_BY_GGML, GgmlType, parse_type
 from loopgguf.opening import default_threads
 from loopgguf.planner import OUTPUT, TypeRules, plan_conversion
 from loopgguf.presets import find_preset
@@ -106,10 +106,11 @@ def block_rules(model: Path) -> TypeRules:
     return TypeRules(pure=True, output_type=GgmlType.BF16 if has_head else None, token_embedding_type=GgmlType.BF16)
 
 
-def pure_rules(preset: str) -> TypeRules:
-    """Return the rules that give all tensors the type of a preset; embeddings, which have no imatrix, another where ggml needs one."""
-    needs_imatrix = find_preset(preset).default in IMATRIX_REQUIRED_BY_GGML
-    return TypeRules(pure=True, token_embedding_type=GgmlType.Q2_K if needs_imatrix else None)
+def pure_rules(preset: str, output_type: GgmlType | None) -> TypeRules:
+    """Return the rules that give all tensors the type of a preset, but the head another if one is asked for; embedding and head,
+    which have no imatrix, go without types for which ggml needs one."""
+    least = GgmlType.Q2_K if find_preset(preset).default in IMATRIX_REQUIRED_BY_GGML else None
+    return TypeRules(pure=True, output_type=output_type or least, token_embedding_type=least)
 
 
 def make_requests(model: Path, options: argparse.Namespace) -> dict[str, QuantizeRequest]:
@@ -118,7 +119,7 @@ def make_requests(model: Path, options: argparse.Namespace) -> dict[str, Quantiz
     common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())), rules=rules)
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
-    requests = {name: replace(common, quant_type=name, rules=pure_rules(name) if options.pure else rules) for name in presets}
+    requests = {name: replace(common, quant_type=name, rules=pure_rules(name, options.output_tensor_type) if options.pure else rules) for name in presets}
     if options.compensate is not Compensate.OFF:
         requests |= {f"{name}+{options.compensate}": replace(requests[name], compensate=options.compensate) for name in split(options.types)}
     return requests | {name: replace(ours, profile=name) for name in split(options.profiles)}
@@ -294,6 +295,8 @@ def run(options: argparse.Namespace) -> None:
     if options.compensate is not Compensate.OFF:
         pairs |= {f"{name}+{options.compensate}": name for name in split(options.types)}
     pairs |= parse_pairs(options.compare)
+    if options.output_tensor_type is not None and not options.pure:
+        raise UsageError("--output-tensor-type: it says what the head is in pure files: give --pure too, or leave it out")
     sections: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="loopgguf-quality-") as scratch:
         folder = options.keep or Path(scratch)
@@ -325,6 +328,7 @@ def main() -> int:
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--blocks", action="store_true", help="the types for the linears of the blocks only, embedding and head at BF16")
     scope.add_argument("--pure", action="store_true", help="the types for all tensors, embedding and head too")
+    parser.add_argument("--output-tensor-type", type=parse_type, metavar="TYPE", help="with --pure, another type for the head")
     parser.add_argument("--weights-only", action="store_true", help="measure the files' weights, decoded to F32")
     parser.add_argument("--texts", type=Path, metavar="DIR", help="a folder of texts to calibrate and measure on, see texts.py")
     parser.add_argument("--files", default="", help="finished GGUFs of the same model to measure too, with commas")
