@@ -134,7 +134,8 @@ class _Guard:
         return outcome
 
     def _write(self, path: Path, order: Order) -> WriteResult:
-        settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False)
+        announce = self.settings.announce if order.reuse is None else (lambda line: None)  # a trial has nothing new to say
+        settings = replace(self.settings, job_folder=None, resume=False, overwrite=True, keep_job=False, announce=announce)
         try:
             return publish(self.source, order, path, settings, ())
         except Interrupted:

@@ -95,7 +95,8 @@ def test_equal_files_keep_feedback() -> None:
 
 
 def test_measured_differences_decide(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the sign of the difference: feedback that makes the file worse kept, and the other dropped."""
+    """Catches the sign of the difference: feedback that makes the file worse kept, and the other dropped; and what feedback
+    does said anew for each kind."""
     seen: list[PairedComparison] = []
 
     def turned(with_feedback: Quality, without: Quality) -> PairedComparison:
@@ -105,10 +106,13 @@ def test_measured_differences_decide(model: Path, request_: QuantizeRequest, tmp
         return seen[-1]
 
     monkeypatch.setattr(guard, "compare_paired", turned)
-    result = quantize(model, tmp_path / "out.gguf", request_, SETTINGS)
+    announced: list[str] = []
+    result = quantize(model, tmp_path / "out.gguf", request_, replace(SETTINGS, announce=announced.append))
     said = [note for note in result.notes if note.startswith("feedback for")]
     kept = [note.endswith("kept") for note in said]
     assert len(said) == len(seen) and not all(kept) and any(kept)
+    assert [line for line in announced if line.startswith("guard: ")] == [f"guard: {line}" for line in said]
+    assert sum(line.startswith("error feedback: ") for line in announced) == 2  # of the file with all kinds, and of the last
     for comparison, is_kept in zip(seen, kept, strict=True):
         value, error = comparison.mean_kld_difference_nats.value, comparison.mean_kld_difference_nats.standard_error
         assert error is not None and is_kept == (value / error < 2.5)
