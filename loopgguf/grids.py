@@ -52,9 +52,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of packed rows: `index` (n, n_in / unit) int32, and `is_negative` (n, n_in) bool where the type has signs."""
+    """The codes of packed rows: `index` (n, n_in / unit) uint16, and `is_negative` (n, n_in) bool where the type has signs."""
 
-    index: NDArray[np.int32]
+    index: NDArray[np.uint16]
     is_negative: NDArray[np.bool_] | None = None
 
 
@@ -173,9 +173,11 @@ def _bits(grid: Grid, packed: ggml.ByteArray) -> NDArray[np.uint8]:
     return np.unpackbits(packed.reshape(-1, FORMATS[grid.type].block_bytes), axis=1, bitorder="little")
 
 
-def _read_fields(bits: NDArray[np.uint8], places: Places) -> NDArray[np.int32]:
-    weights = (1 << np.arange(places.shape[1])).astype(np.int32)
-    return bits[:, places].astype(np.int32) @ weights
+def _read_fields(bits: NDArray[np.uint8], places: Places) -> NDArray[np.uint16]:
+    fields = np.zeros((len(bits), len(places)), np.uint16)
+    for bit, place in enumerate(places.T):
+        fields |= bits[:, place].astype(np.uint16) << bit
+    return fields
 
 
 def unpack(grid: Grid, packed: ggml.ByteArray) -> Codes:
@@ -198,7 +200,8 @@ def pack(grid: Grid, codes: Codes, packed: ggml.ByteArray) -> ggml.ByteArray:
     bits = _bits(grid, packed)
     n_blocks = len(bits)
     index = codes.index.reshape(n_blocks, -1)
-    bits[:, grid.index_places] = (index[:, :, None] >> np.arange(grid.index_places.shape[1])) & 1
+    for bit, place in enumerate(grid.index_places.T):
+        bits[:, place] = (index >> bit) & 1
     if grid.sign_places is not None:
         assert codes.is_negative is not None
         signs = codes.is_negative.reshape(n_blocks, -1, 8)
