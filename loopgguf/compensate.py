@@ -12,7 +12,7 @@ width or another number of threads must not change the arithmetic of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,28 +48,40 @@ class Damping:
     to_diagonal: bool = False
 
 
-def damped(H: Matrix, damping: Damping) -> Matrix:
+def damped(H: Matrix, damping: Damping | None) -> Matrix:
     """Return H (n, n) made safe to invert, in its own precision; dead columns (zero diagonal) get the mean of the others."""
-    diagonal = np.diag(H)
-    mean = _mean_diagonal(H) or 1.0
-    result = H * H.dtype.type(1 - damping.amount) if damping.to_diagonal else H.copy()
-    added = damping.amount * diagonal if damping.to_diagonal else np.full(len(H), damping.amount * mean)
-    result[np.diag_indices(len(H))] += np.where(diagonal > 0, added, mean)
+    if damping is None:
+        return H
+    result = H.copy()
+    _damp(result, damping)
     return result
+
+
+def _damp(H: Matrix, damping: Damping) -> None:
+    """Do so in place."""
+    diagonal = np.diag(H).copy()
+    mean = _mean_diagonal(H) or 1.0
+    if damping.to_diagonal:
+        H *= H.dtype.type(1 - damping.amount)
+    added = damping.amount * (diagonal if damping.to_diagonal else mean)
+    H[np.diag_indices(len(H))] += np.where(diagonal > 0, added, mean)
 
 
 def _mean_diagonal(H: Matrix) -> float:
     return float(np.diag(H).mean(dtype=np.float64))
 
 
-def feedback_factor(H: Matrix) -> NDArray[np.float64]:
-    """Return U (n, n) float64, upper triangular, with H⁻¹ = Uᵀ U, for a positive definite H.
+def feedback_factor(H: Matrix, damping: Damping | None = None) -> NDArray[np.float64]:
+    """Return U (n, n) float64, upper triangular, with H⁻¹ = Uᵀ U, for a positive definite H, which is damped first where asked for.
 
     H read backwards is L Lᵀ, and U is L⁻¹ read backwards: one triangular inversion instead of an inverse and a second
     factorization, both in the one buffer that is returned. Double precision, because a few channels hold nearly all of H.
     Raises numpy.linalg.LinAlgError when H is not positive definite.
     """
-    L, info = linalg.lapack.dpotrf(np.array(H[::-1, ::-1], np.float64, order="F"), lower=1, overwrite_a=1)
+    backwards = np.array(H[::-1, ::-1], np.float64, order="F")
+    if damping is not None:
+        _damp(backwards, damping)
+    L, info = linalg.lapack.dpotrf(backwards, lower=1, overwrite_a=1)
     if info:
         raise np.linalg.LinAlgError(f"not positive definite in row {info}")
     inverse, info = linalg.lapack.dtrtri(L, lower=1, overwrite_c=1)
@@ -77,11 +89,20 @@ def feedback_factor(H: Matrix) -> NDArray[np.float64]:
     return np.asarray(inverse[::-1, ::-1])
 
 
+def _blocks(n: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+
+
 def _carries(U: NDArray[np.float64], width: int) -> list[FloatArray]:
-    """Return, for each block of `width` columns, the matrix (width, n − stop) float32 that turns its error into the change
-    of what comes after it."""
-    blocks = [slice(start, min(start + width, len(U))) for start in range(0, len(U), width)]
-    return [linalg.solve_triangular(U[b, b], U[b, b.stop :], lower=False).astype(np.float32) for b in blocks]
+    """Return, for each block of `width` columns, the matrix (width, start) float32 that turns the errors of all columns before
+    it into its own change."""
+    blocks = _blocks(len(U), width)
+    carries = [np.empty((b.stop - b.start, b.start), np.float32) for b in blocks]
+    for i, b in enumerate(blocks):
+        handed_on = linalg.solve_triangular(U[b, b], U[b, b.stop :], lower=False)
+        for later, carry in zip(blocks[i + 1 :], carries[i + 1 :], strict=True):
+            carry[:, b] = handed_on[:, later.start - b.stop : later.stop - b.stop].T
+    return carries
 
 
 def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None) -> Encode:
@@ -121,27 +142,31 @@ class Effort:
 class Columns:
     """Feedback along the rows: everything that depends on H and the width of a block alone, computed once for many rows.
 
-    rounding: to choose the codes inside a block one after the other; None leaves them as the encoder chose them.
+    damping: of H, unless it is damped already. keeps_factors: for codes inside a block that are chosen one after the other.
     """
 
-    def __init__(self, H: Matrix, width: int, rounding: Rounding | None = None) -> None:
-        self.width, self._rounding = width, rounding
-        U = feedback_factor(H)
+    def __init__(self, H: Matrix, width: int, damping: Damping | None = None, *, keeps_factors: bool = False) -> None:
+        self.width = width
+        U = feedback_factor(H, damping)
         self._carries = _carries(U, width)
-        self._factors = [np.ascontiguousarray(U[i : i + width, i : i + width]) for i in range(0, len(H), width)] if rounding is not None else []
+        self._factors = [np.ascontiguousarray(U[b, b]) for b in _blocks(len(H), width)] if keeps_factors else []
 
-    def encode(self, W: FloatArray, encode: Encode, out: ggml.ByteArray) -> FloatArray:
-        """Encode W (n, n_in) block by block into `out` (n, row bytes); return what it decodes to, (n, n_in) float32."""
-        target, decoded, position = W.astype(np.float32), np.empty_like(W), 0
+    def encode(self, W: FloatArray, encode: Encode, out: ggml.ByteArray, rounding: Rounding | None = None) -> FloatArray:
+        """Encode W (n, n_in) block by block into `out` (n, row bytes); return what it decodes to, (n, n_in) float32.
+
+        rounding: to choose the codes inside a block one after the other; None leaves them as the encoder chose them.
+        """
+        missed, decoded, position = np.empty(W.shape[::-1], np.float32), np.empty_like(W), 0
         for b, carry in enumerate(self._carries):
             columns = slice(b * self.width, (b + 1) * self.width)
-            packed, decoded[:, columns] = encode(target[:, columns], columns.start)
-            if self._rounding is not None:
-                packed = self._rounding.round_block(packed, target[:, columns], self._factors[b])
-                decoded[:, columns] = self._rounding.decode(packed)
+            target = np.ascontiguousarray(W[:, columns] + (carry @ missed[: columns.start]).T)
+            packed, decoded[:, columns] = encode(target, columns.start)
+            if rounding is not None:
+                packed = rounding.round_block(packed, target, self._factors[b])
+                decoded[:, columns] = rounding.decode(packed)
             out[:, position : position + packed.shape[1]] = packed
             position += packed.shape[1]
-            target[:, columns.stop :] += (decoded[:, columns] - target[:, columns]) @ carry
+            missed[columns] = (decoded[:, columns] - target).T  # columns first: what BLAS multiplies fastest by few rows
         return decoded
 
 
@@ -151,6 +176,7 @@ def compensate(
     H: Matrix,
     *,
     importance: FloatArray,
+    damping: Damping | None = None,
     H_O: Matrix | None = None,
     sweeps: int = 0,
     is_thorough: bool = False,
@@ -158,62 +184,55 @@ def compensate(
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
-    W: (n_out, n_in) float32. H: (n_in, n_in), damped already (`damped`). importance: (n_in,) float32 > 0, for the
-    encoder inside. H_O: (n_out, n_out), damped, to hand errors from row to row as well, in blocks of `ROW_BLOCK`; None
-    leaves the rows to themselves. sweeps, is_thorough: as in `Effort`. pins: weights that the encoder keeps (single codes
-    may move later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
+    W: (n_out, n_in) float32. H: (n_in, n_in). importance: (n_in,) float32 > 0, for the encoder inside. damping: of H; None
+    where that is done (`damped`). H_O: (n_out, n_out), damped already, to hand errors from row to row as well, in blocks of
+    `ROW_BLOCK`; None leaves the rows to themselves. sweeps, is_thorough: as in `Effort`. pins: weights that the encoder
+    keeps (single codes may move later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
     """
     n_out, n_in = W.shape
-    rounding = _rounding(ggml_type, H) if sweeps else None
-    columns = Columns(H, FORMATS[ggml_type].block, rounding if is_thorough else None)
-    packed, target, decoded = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8), W.astype(np.float32), np.empty_like(W)
+    columns = Columns(H, FORMATS[ggml_type].block, damping, keeps_factors=is_thorough)
+    rounding = _rounding(ggml_type, H, damping) if sweeps else None
+    packed, E = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8), np.empty_like(W)
     for rows, coupling, carry in row_blocks(n_out, H_O):
+        target = W[rows] if carry is None else W[rows] + carry @ E[: rows.start]
         encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, rows.start, rows.stop), W[rows])
-        decoded[rows] = columns.encode(target[rows], encode, packed[rows])
+        E[rows] = columns.encode(target, encode, packed[rows], rounding if is_thorough else None) - target
         if rounding is not None:
-            packed[rows], _ = rounding.descend(packed[rows], coupling @ (decoded[rows] - target[rows]), coupling, sweeps)
-            decoded[rows] = rounding.decode(packed[rows])
-        if carry is not None:
-            target[rows.stop :] += carry.T @ (decoded[rows] - target[rows])
-    del target
+            packed[rows], _ = rounding.descend(packed[rows], E[rows].T @ coupling, coupling, sweeps)
+            E[rows] = rounding.decode(packed[rows]) - target
     if rounding is not None and is_thorough and H_O is not None:
-        _descend_both(W, packed, decoded, rounding, H_O, sweeps)
-    return packed, decoded
+        E = np.subtract(ggml.decode_rows(ggml_type, packed, E), W, out=E)
+        _descend_both(W, packed, E, rounding, H_O, sweeps)
+    return packed, ggml.decode_rows(ggml_type, packed, E)
 
 
-def _rounding(ggml_type: GgmlType, H: Matrix) -> Rounding | None:
+def _rounding(ggml_type: GgmlType, H: Matrix, damping: Damping | None) -> Rounding | None:
     """Return what moves single codes of a type; None where it has no grid."""
     from loopgguf.rounding import Rounding  # here, because numba takes its time to be imported
 
     grid = find_grid(ggml_type)
-    return None if grid is None else Rounding(grid, H)
+    return None if grid is None else Rounding(grid, damped(H, damping))
 
 
-def row_blocks(n_out: int, H_O: Matrix | None) -> Iterator[tuple[slice, FloatArray, FloatArray | None]]:
-    """Yield, for each block of rows, how its rows go together when those after it make good what they can, (n, n) float32,
-    and the matrix that turns its error into the change of those, (n, n_out − stop); None where rows are left to themselves."""
+def row_blocks(n_out: int, H_O: Matrix | None) -> list[tuple[slice, FloatArray, FloatArray | None]]:
+    """Return, for each block of rows, how its rows go together when those after it make good what they can, (n, n) float32,
+    and the matrix that turns the errors of all rows before it into its own change, (n, start); None where rows are left to themselves."""
     if H_O is None:
-        for start in range(0, n_out, SLAB_ROWS):
-            rows = slice(start, min(start + SLAB_ROWS, n_out))
-            yield rows, np.eye(rows.stop - start, dtype=np.float32), None
-        return
-    U = feedback_factor(H_O)
-    for start, carry in zip(range(0, n_out, ROW_BLOCK), _carries(U, ROW_BLOCK), strict=True):
-        rows = slice(start, min(start + ROW_BLOCK, n_out))
-        inverse = np.linalg.inv(U[rows, rows])
-        yield rows, (inverse @ inverse.T).astype(np.float32), carry
+        return [(rows, np.eye(rows.stop - rows.start, dtype=np.float32), None) for rows in _blocks(n_out, SLAB_ROWS)]
+    U, blocks = feedback_factor(H_O), _blocks(n_out, ROW_BLOCK)
+    inverses = (np.linalg.inv(U[rows, rows]) for rows in blocks)
+    couplings = [(inverse @ inverse.T).astype(np.float32) for inverse in inverses]
+    return list(zip(blocks, couplings, _carries(U, ROW_BLOCK), strict=True))
 
 
-def _descend_both(W: FloatArray, packed: ggml.ByteArray, decoded: FloatArray, rounding: Rounding, H_O: Matrix, sweeps: int) -> None:
-    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and `decoded` are changed in place."""
-    E, coupling = decoded - W, H_O.astype(np.float32, copy=False)
+def _descend_both(W: FloatArray, packed: ggml.ByteArray, E: FloatArray, rounding: Rounding, H_O: Matrix, sweeps: int) -> None:
+    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and its error E are changed in place."""
+    coupling = H_O.astype(np.float32, copy=False)
     for _ in range(sweeps):
         n_moves = 0
-        for start in range(0, len(W), ROW_BLOCK):
-            rows = slice(start, start + ROW_BLOCK)
-            packed[rows], n = rounding.descend(packed[rows], coupling[rows] @ E, np.ascontiguousarray(coupling[rows, rows]), 1)
-            decoded[rows] = rounding.decode(packed[rows])
-            E[rows] = decoded[rows] - W[rows]
+        for rows in _blocks(len(W), ROW_BLOCK):
+            packed[rows], n = rounding.descend(packed[rows], E.T @ coupling[:, rows], np.ascontiguousarray(coupling[rows, rows]), 1)
+            E[rows] = rounding.decode(packed[rows]) - W[rows]
             n_moves += n
         if n_moves == 0:
             return
@@ -243,7 +262,7 @@ class LossCurvature:
         where nothing is known of how rows go together."""
         if self.held_out_O is None:
             return weighted_error(E, self.held_out, self.row_curvature)
-        slabs = [slice(start, start + SLAB_ROWS) for start in range(0, len(E), SLAB_ROWS)]
+        slabs = _blocks(len(E), SLAB_ROWS)
         return sum(float(np.einsum("ij,ij->", self.held_out_O[rows] @ E, E[rows] @ self.held_out, dtype=np.float64)) for rows in slabs)
 
 
@@ -272,7 +291,7 @@ class Encoding:
 PLAIN = "plain"
 FAILED = "feedback failed"
 ROW_DAMPING = Damping(0.3)  # gradients come from few tokens
-FAST = Effort((Damping(0.1),), sweeps=2, sweeps_of_k=1)
+FAST = Effort((Damping(0.1),), sweeps=3, sweeps_of_k=2)
 FULL = Effort(
     (Damping(0.03), Damping(0.1), Damping(0.3), Damping(0.1, to_diagonal=True), Damping(0.3, to_diagonal=True)), sweeps=8, sweeps_of_k=8, is_thorough=True
 )
@@ -296,13 +315,20 @@ def encode_guarded(
         return plain
     objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
-    ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
+    ways = {"columns and rows": _damped_rows(curvature.H_O)} if curvature.H_O is not None else {}
     try:
         damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
-        H = damped(objective, damping)
         for way, H_O in {**ways, "columns": None}.items():
             packed, decoded = compensate(
-                W, ggml_type, H, importance=inner, H_O=H_O, sweeps=effort.sweeps_for(ggml_type), is_thorough=effort.is_thorough, pins=pins
+                W,
+                ggml_type,
+                objective,
+                importance=inner,
+                damping=damping,
+                H_O=H_O,
+                sweeps=effort.sweeps_for(ggml_type),
+                is_thorough=effort.is_thorough,
+                pins=pins,
             )
             if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
                 decoded = ggml.decode_rows(ggml_type, packed)
@@ -314,6 +340,12 @@ def encode_guarded(
     return plain
 
 
+def _damped_rows(H_O: Matrix) -> Matrix:
+    result = mixed(H_O)
+    _damp(result, ROW_DAMPING)
+    return result
+
+
 def _best_damping(
     W: FloatArray, ggml_type: GgmlType, importance: FloatArray, objective: Matrix, curvature: LossCurvature, dampings: tuple[Damping, ...]
 ) -> Damping:
@@ -321,12 +353,12 @@ def _best_damping(
     if len(dampings) == 1:
         return dampings[0]
     rows = np.ascontiguousarray(W[:: max(1, len(W) // PROBE_ROWS)])
-    errors = [weighted_error(compensate(rows, ggml_type, damped(objective, d), importance=importance)[1] - rows, curvature.held_out) for d in dampings]
+    errors = [weighted_error(compensate(rows, ggml_type, objective, importance=importance, damping=d)[1] - rows, curvature.held_out) for d in dampings]
     return dampings[int(np.argmin(errors))]
 
 
 def weighted_error(E: FloatArray, H: Matrix, row_weights: NDArray[np.float64] | None = None) -> float:
     """Return Σ_i r_i e_iᵀ H e_i of an error E (n_out, n_in): what the held-out matrices say of an encoding."""
     weights, H = np.ones(len(E)) if row_weights is None else row_weights, H.astype(np.float32, copy=False)
-    slabs = [slice(start, start + SLAB_ROWS) for start in range(0, len(E), SLAB_ROWS)]
+    slabs = _blocks(len(E), SLAB_ROWS)
     return sum(float(np.einsum("ij,ij->i", E[rows] @ H, E[rows], dtype=np.float64) @ weights[rows]) for rows in slabs)

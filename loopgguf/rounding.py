@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from loopgguf import ggml
 from loopgguf.ggml import ByteArray, FloatArray
-from loopgguf.grids import Codes, Grid, Places, pack, read_scales, unpack
+from loopgguf.grids import Codes, Grid, pack, read_scales, unpack
 
 Matrix = NDArray[np.floating[Any]]
+Indices = NDArray[np.uint16]
 
 VISITED_COLUMNS = 128  # of a descent at once: a constant, as the widths of `compensate.py`
 
@@ -295,8 +296,8 @@ class Rounding:
     def __init__(self, grid: Grid, H: Matrix) -> None:
         self.grid, self.H = grid, np.ascontiguousarray(H, np.float32)
         levels = grid.points[:, 0].astype(np.float32)
-        self._order = np.argsort(levels, kind="stable") if grid.unit == 1 else np.arange(len(levels))
-        self._levels, self._place_of = levels[self._order], np.argsort(self._order)
+        self._order = (np.argsort(levels, kind="stable") if grid.unit == 1 else np.arange(len(levels))).astype(np.uint16)
+        self._levels, self._place_of = levels[self._order], np.argsort(self._order).astype(np.uint16)
         self._is_uniform = bool((np.diff(self._levels) == 1).all())
         self._columns = np.ascontiguousarray(grid.points.T, np.float64)
         self._signed = (grid.sign_places is not None, grid.has_parity)
@@ -325,27 +326,32 @@ class Rounding:
             round_unit_block(T, U, metrics, inverses, own, scales.scale, scales.offset, self._columns, *self._signed, place, negative)
         return self._pack(place, negative, packed)
 
-    def descend(self, packed: ByteArray, CE: FloatArray, coupling: FloatArray, max_sweeps: int) -> tuple[ByteArray, int]:
+    def descend(self, packed: ByteArray, EC: FloatArray, coupling: FloatArray, max_sweeps: int) -> tuple[ByteArray, int]:
         """Return packed rows with single codes moved until none is better elsewhere, or `max_sweeps` are done, and the moves.
 
-        CE (n, n_in): C E of these rows, C the coupling of all rows and E the error, which is kept up; coupling (n, n): C among
-        these. A block of columns is visited at a time, under half the gradient C E H of tr(C E H Eᵀ) as it then is.
+        EC (n_in, n): Eᵀ C of these rows, C the coupling of all rows and E the error; it is overwritten. coupling (n, n): C among
+        these. A block of columns is visited at a time, under half the gradient H Eᵀ C of tr(C E H Eᵀ) as it then is. Sweeps go
+        to and fro: what has changed since a block's last visit are then only the blocks on one side of it, and itself.
         """
         scale, (place, negative) = read_scales(self.grid, packed).scale, self._unpack(packed)
-        n_moves = 0
-        for _ in range(max_sweeps):
-            before = n_moves
-            for start in range(0, CE.shape[1], VISITED_COLUMNS):
-                block = slice(start, start + VISITED_COLUMNS)
-                G, change = CE @ self.H[block].T, np.zeros_like(CE[:, block])
-                n_moves += self._visit(block, G, coupling, scale[:, block].copy(), place, negative[:, block], change)
-                CE[:, block] += coupling @ change
+        blocks = [slice(start, start + VISITED_COLUMNS) for start in range(0, len(EC), VISITED_COLUMNS)]
+        G, changed, n_moves = np.zeros_like(EC), EC, 0
+        for sweep in range(max_sweeps):
+            before, latest = n_moves, np.zeros_like(EC)
+            for block in blocks[:: -1 if sweep % 2 else 1]:
+                since = slice(None) if sweep == 0 else slice(block.start, None) if sweep % 2 else slice(block.stop)
+                G[block] += self.H[block, since] @ changed[since]
+                change = np.zeros((len(packed), len(G[block])), np.float32)
+                n_moves += self._visit(block, G[block].T.copy(), coupling, scale[:, block].copy(), place, negative[:, block], change)
+                latest[block] = change.T @ coupling
+                changed[block] += latest[block]
             if n_moves == before:
                 break
+            changed = latest
         return self._pack(place, negative, packed), n_moves
 
     def _visit(
-        self, block: slice, G: FloatArray, coupling: FloatArray, scale: FloatArray, place: Places, negative: NDArray[np.bool_], change: FloatArray
+        self, block: slice, G: FloatArray, coupling: FloatArray, scale: FloatArray, place: Indices, negative: NDArray[np.bool_], change: FloatArray
     ) -> int:
         """Move the codes of a block of columns, which are changed in place, and set `change`; return how many moved."""
         H = self.H[block, block].copy()  # rows side by side become vector instructions
@@ -362,14 +368,14 @@ class Rounding:
         costs: Matrix = own_costs(metrics, self._columns, self._signed[0])
         return costs
 
-    def _unpack(self, packed: ByteArray) -> tuple[Places, NDArray[np.bool_]]:
+    def _unpack(self, packed: ByteArray) -> tuple[Indices, NDArray[np.bool_]]:
         """Return the codes as places in the order of `_order`, and their signs as an array in any case: the loops take no None."""
         codes = unpack(self.grid, packed)
         none = np.zeros((len(packed), codes.index.shape[1] * self.grid.unit), np.bool_)
         return self._place_of[codes.index], none if codes.is_negative is None else codes.is_negative
 
-    def _pack(self, place: Places, negative: NDArray[np.bool_], packed: ByteArray) -> ByteArray:
-        return pack(self.grid, Codes(self._order[place].astype(np.int32), negative), packed)
+    def _pack(self, place: Indices, negative: NDArray[np.bool_], packed: ByteArray) -> ByteArray:
+        return pack(self.grid, Codes(self._order[place], negative), packed)
 
 
 def _diagonal_blocks(M: Matrix, width: int) -> Matrix:

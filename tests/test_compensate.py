@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +13,11 @@ from loopgguf import compensate as compensate_module
 from loopgguf import ggml
 from loopgguf.compensate import (
     FAST,
+    FULL,
     ROW_BLOCK,
     Columns,
     Damping,
+    Effort,
     LossCurvature,
     compensate,
     damped,
@@ -106,13 +110,14 @@ def test_rows_of_a_block_go_together_as_if_those_after_it_answered() -> None:
     """A block of H_O itself instead of what is left of it when the rows after it make good what they can."""
     n_out = 2 * ROW_BLOCK + 8
     H_O = _covariance(n_out, 23, 150)
-    blocks = list(row_blocks(n_out, H_O))
-    assert [(rows.start, rows.stop) for rows, _, _ in blocks] == [(0, 32), (32, 64), (64, 72)]
-    for rows, coupling, carry in blocks:
+    blocks, n = row_blocks(n_out, H_O), ROW_BLOCK
+    assert [(rows.start, rows.stop) for rows, _, _ in blocks] == [(0, n), (n, 2 * n), (2 * n, n_out)]
+    for i, (rows, coupling, _) in enumerate(blocks):
         rest, after = slice(rows.start, None), slice(rows.stop, None)
         answer = -np.linalg.inv(H_O[after, after]) @ H_O[after, rows]
-        assert np.allclose(coupling, np.linalg.inv(np.linalg.inv(H_O[rest, rest])[:32, :32]), rtol=1e-4, atol=1e-5)
-        assert carry is not None and np.allclose(carry.T, answer, atol=1e-5)
+        assert np.allclose(coupling, np.linalg.inv(np.linalg.inv(H_O[rest, rest])[:n, :n]), rtol=1e-4, atol=1e-5)
+        handed_on = [carry[:, rows] for _, _, carry in blocks[i + 1 :] if carry is not None]
+        assert len(handed_on) == len(blocks) - i - 1 and np.allclose(np.vstack([*handed_on, answer[:0]]), answer, atol=1e-5)
     assert all(carry is None and np.array_equal(coupling, np.eye(len(coupling))) for _, coupling, carry in row_blocks(n_out, None))
 
 
@@ -149,7 +154,7 @@ def test_the_objective_falls(ggml_type: GgmlType) -> None:
 def test_feedback_that_fails_leaves_the_plain_bytes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A traceback in the middle of a model, or a failure that nobody hears of."""
 
-    def fail(H: np.ndarray) -> np.ndarray:
+    def fail(H: np.ndarray, damping: Damping) -> np.ndarray:
         raise np.linalg.LinAlgError
 
     W = np.random.default_rng(15).normal(size=(4, 256)).astype(np.float32)
@@ -164,9 +169,9 @@ def test_an_effort_is_what_it_says() -> None:
     """Sweeps of K types for the others, or the other way round: `fast` is then slower, or worse, than it has to be."""
     W = np.random.default_rng(24).normal(size=(ROW_BLOCK, 256)).astype(np.float32)
     H, importance = _covariance(256, 25, 300), np.ones(256, np.float32)
-    for ggml_type, sweeps in ((GgmlType.Q4_0, 2), (GgmlType.Q3_K, 1)):
+    for ggml_type, sweeps in ((GgmlType.Q4_0, 3), (GgmlType.Q3_K, 2)):
         damped_H, inner = damped(H, Damping(0.1)), np.diag(H).astype(np.float32)
-        expected, other = (compensate(W, ggml_type, damped_H, importance=inner, sweeps=n)[0] for n in (sweeps, 3 - sweeps))
+        expected, other = (compensate(W, ggml_type, damped_H, importance=inner, sweeps=n)[0] for n in (sweeps, 5 - sweeps))
         packed = encode_guarded(W, ggml_type, importance, LossCurvature(H, H), FAST).packed
         assert np.array_equal(packed, expected) and not np.array_equal(packed, other)
 
@@ -186,6 +191,23 @@ def test_whole_effort_lowers_both_objectives() -> None:
     for ggml_type in (GgmlType.Q4_0, GgmlType.Q3_K, GgmlType.IQ3_S):
         once, thorough = joint(ggml_type, 1), joint(ggml_type, 3, is_thorough=True)
         assert once < 0.9 * joint(ggml_type, 0) and thorough < 0.97 * once
+
+
+@pytest.mark.parametrize("effort", [FAST, FULL], ids=["fast", "full"])
+def test_memory_is_a_few_slabs_and_matrices(effort: Effort) -> None:
+    """A copy of the weights or of a matrix too many, where matrices are most of what a large model takes."""
+    W = np.random.default_rng(26).normal(size=(64, 1024)).astype(np.float32)
+    H, H_O = _covariance(1024, 27, 2000).astype(np.float32), _covariance(64, 28, 100).astype(np.float32)
+    importance, curvature = np.diag(H).copy(), LossCurvature(H, H.copy(), H_O, H_O.copy())
+    encode_guarded(W, GgmlType.Q4_0, importance, curvature, effort)  # what is made once, compiled loops and tables, is not counted
+    tracemalloc.start()
+    try:
+        encode_guarded(W, GgmlType.Q4_0, importance, curvature, effort)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held = W.nbytes + 2 * H.nbytes + 2 * H_O.nbytes
+    assert held + peak <= 4 * W.nbytes + 2.5 * 2 * (H.nbytes + H_O.nbytes)  # 2.5 matrices in double precision
 
 
 @pytest.mark.parametrize("has_rows", [False, True])
