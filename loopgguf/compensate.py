@@ -12,6 +12,7 @@ width or another number of threads must not change the arithmetic of a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -105,10 +106,12 @@ def _carries(U: NDArray[np.float64], width: int) -> list[FloatArray]:
     return carries
 
 
-def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None) -> Encode:
-    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]; pinned weights keep their value in `originals`."""
+def ggml_encoder(ggml_type: GgmlType, importance: FloatArray | None, pins: Pins | None = None, originals: FloatArray | None = None, start: int = 0) -> Encode:
+    """Return libggml's own encoder of a type, weighing column j by importance (n_in,)[j]; pinned weights keep their value in
+    `originals` (n, n_in). start: where among these columns the encoder's first one is."""
 
     def encode(rows: FloatArray, first: int) -> tuple[ggml.ByteArray, FloatArray]:
+        first += start
         if not ggml.rows_are_encodable(rows):  # ggml would abort the process
             raise np.linalg.LinAlgError("feedback made the weights that are still to come too large to encode")
         weights = None if importance is None else np.ascontiguousarray(importance[first : first + rows.shape[1]])
@@ -126,13 +129,15 @@ class Effort:
     block around the encoder; else single codes are then moved, with the scales that the encoder found, each in the light of
     all others of its block of rows, so many times at most; `sweeps_of_k` says so of K types, for whose encoders a sweep's
     products of matrices take as long as the encoder itself. is_thorough: the codes inside a block of columns are chosen one
-    after the other too, and in the end as many sweeps go over all rows, each in the light of all others.
+    after the other too, and in the end as many sweeps go over all rows, each in the light of all others. max_columns: of H at
+    once, as `compensate` says; None: all.
     """
 
     dampings: tuple[Damping, ...]
     sweeps: int = 0
     sweeps_of_k: int = 0
     is_thorough: bool = False
+    max_columns: int | None = None
 
     def sweeps_for(self, ggml_type: GgmlType) -> int:
         """Return how many sweeps a type gets at most."""
@@ -180,30 +185,42 @@ def compensate(
     H_O: Matrix | None = None,
     sweeps: int = 0,
     is_thorough: bool = False,
+    max_columns: int | None = None,
     pins: Pins | None = None,
 ) -> tuple[ggml.ByteArray, FloatArray]:
     """Return W encoded with error feedback: packed rows (n_out, row bytes) uint8, and what they decode to, float32.
 
     W: (n_out, n_in) float32. H: (n_in, n_in). importance: (n_in,) float32 > 0, for the encoder inside. damping: of H; None
     where that is done (`damped`). H_O: (n_out, n_out), damped already, to hand errors from row to row as well, in blocks of
-    `ROW_BLOCK`; None leaves the rows to themselves. sweeps, is_thorough: as in `Effort`. pins: weights that the encoder
-    keeps (single codes may move later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
+    `ROW_BLOCK`; None leaves the rows to themselves. sweeps, is_thorough: as in `Effort`. max_columns: a multiple of 256; of an
+    H with more, only blocks of about equal size on its diagonal are used, each damped and factorized by itself, and the
+    columns of each are encoded as if there were no others. pins: weights that the encoder keeps (single codes may move
+    later). Raises numpy.linalg.LinAlgError when a matrix is not positive definite.
     """
     n_out, n_in = W.shape
-    columns = Columns(H, FORMATS[ggml_type].block, damping, keeps_factors=is_thorough)
-    rounding = _rounding(ggml_type, H, damping) if sweeps else None
     packed, E = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8), np.empty_like(W)
-    for rows, coupling, carry in row_blocks(n_out, H_O):
-        target = W[rows] if carry is None else W[rows] + carry @ E[: rows.start]
-        encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, rows.start, rows.stop), W[rows])
-        E[rows] = columns.encode(target, encode, packed[rows], rounding if is_thorough else None) - target
-        if rounding is not None:
-            packed[rows], _ = rounding.descend(packed[rows], E[rows].T @ coupling, coupling, sweeps)
-            E[rows] = rounding.decode(packed[rows]) - target
-    if rounding is not None and is_thorough and H_O is not None:
-        E = np.subtract(ggml.decode_rows(ggml_type, packed, E), W, out=E)
-        _descend_both(W, packed, E, rounding, H_O, sweeps)
+    blocks_of_rows = row_blocks(n_out, H_O)
+    for part in _parts(n_in, max_columns):
+        own, W_part, E_part = H[part, part], W[:, part], E[:, part]
+        out = packed[:, row_bytes(ggml_type, part.start) : row_bytes(ggml_type, part.stop)]
+        columns = Columns(own, FORMATS[ggml_type].block, damping, keeps_factors=is_thorough)
+        rounding = _rounding(ggml_type, own, damping) if sweeps else None
+        for rows, coupling, carry in blocks_of_rows:
+            target = W_part[rows] if carry is None else W_part[rows] + carry @ E_part[: rows.start]
+            encode = ggml_encoder(ggml_type, importance, pins_between(pins or {}, rows.start, rows.stop), W[rows], part.start)
+            E_part[rows] = columns.encode(target, encode, out[rows], rounding if is_thorough else None) - target
+            if rounding is not None:
+                out[rows], _ = rounding.descend(out[rows], E_part[rows].T @ coupling, coupling, sweeps)
+                E_part[rows] = rounding.decode(out[rows]) - target
+        if rounding is not None and is_thorough and H_O is not None:
+            _descend_both(W_part, out, E_part, rounding, H_O, sweeps)
     return packed, ggml.decode_rows(ggml_type, packed, E)
+
+
+def _parts(n_in: int, max_columns: int | None) -> list[slice]:
+    """Return the columns that feedback takes together: all, or as few parts as can be, of about equal size, in whole super-blocks."""
+    n_parts = 1 if max_columns is None else math.ceil(n_in / max_columns)
+    return _blocks(n_in, COLUMN_BLOCK * math.ceil(n_in / (COLUMN_BLOCK * n_parts)))
 
 
 def _rounding(ggml_type: GgmlType, H: Matrix, damping: Damping | None) -> Rounding | None:
@@ -226,7 +243,9 @@ def row_blocks(n_out: int, H_O: Matrix | None) -> list[tuple[slice, FloatArray, 
 
 
 def _descend_both(W: FloatArray, packed: ggml.ByteArray, E: FloatArray, rounding: Rounding, H_O: Matrix, sweeps: int) -> None:
-    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` and its error E are changed in place."""
+    """Move single codes of all rows where that lowers tr(H_O E H Eᵀ); `packed` is changed in place, and E set to its error."""
+    for rows in _blocks(len(W), SLAB_ROWS):
+        E[rows] = rounding.decode(packed[rows]) - W[rows]
     coupling = H_O.astype(np.float32, copy=False)
     for _ in range(sweeps):
         n_moves = 0
@@ -317,7 +336,7 @@ def encode_guarded(
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     ways = {"columns and rows": _damped_rows(curvature.H_O)} if curvature.H_O is not None else {}
     try:
-        damping = _best_damping(W, ggml_type, inner, objective, curvature, effort.dampings)
+        damping = _best_damping(W, ggml_type, inner, curvature, effort)
         for way, H_O in {**ways, "columns": None}.items():
             packed, decoded = compensate(
                 W,
@@ -328,6 +347,7 @@ def encode_guarded(
                 H_O=H_O,
                 sweeps=effort.sweeps_for(ggml_type),
                 is_thorough=effort.is_thorough,
+                max_columns=effort.max_columns,
                 pins=pins,
             )
             if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
@@ -346,15 +366,17 @@ def _damped_rows(H_O: Matrix) -> Matrix:
     return result
 
 
-def _best_damping(
-    W: FloatArray, ggml_type: GgmlType, importance: FloatArray, objective: Matrix, curvature: LossCurvature, dampings: tuple[Damping, ...]
-) -> Damping:
+def _best_damping(W: FloatArray, ggml_type: GgmlType, importance: FloatArray, curvature: LossCurvature, effort: Effort) -> Damping:
     """Return the damping whose feedback along a sample of rows, around the encoder, has the least held-out error."""
-    if len(dampings) == 1:
-        return dampings[0]
+    if len(effort.dampings) == 1:
+        return effort.dampings[0]
     rows = np.ascontiguousarray(W[:: max(1, len(W) // PROBE_ROWS)])
-    errors = [weighted_error(compensate(rows, ggml_type, objective, importance=importance, damping=d)[1] - rows, curvature.held_out) for d in dampings]
-    return dampings[int(np.argmin(errors))]
+
+    def error(damping: Damping) -> float:
+        _, decoded = compensate(rows, ggml_type, curvature.objective, importance=importance, damping=damping, max_columns=effort.max_columns)
+        return weighted_error(decoded - rows, curvature.held_out)
+
+    return min(effort.dampings, key=error)
 
 
 def weighted_error(E: FloatArray, H: Matrix, row_weights: NDArray[np.float64] | None = None) -> float:

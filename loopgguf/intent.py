@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
+from loopgguf.compensate import COLUMN_BLOCK
 from loopgguf.errors import UsageError
 from loopgguf.errortable import FEEDBACK_GAINS, ErrorTable, Request, Sampling, measure_errors, tilted
 from loopgguf.evaluation import Measure
@@ -89,6 +90,7 @@ class QuantizeRequest:
     use_imatrix: bool = True
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
+    compensate_columns: int | None = None  # of a Gram matrix that feedback takes together, a multiple of 256; None: all
     guard: KindGuard | None = None
     search: Search | None = None
     gate: Gate | None = None  # what the finished file must reach
@@ -121,6 +123,7 @@ class Resolved:
             importance=self.importance,
             imatrix=request.imatrix,
             compensate=request.compensate,
+            compensate_columns=request.compensate_columns,
             plain_kinds=self.plain_kinds,
             reuse=self.reuse,
             calibration=request.calibration,
@@ -159,6 +162,15 @@ def _refuse_protection(request: QuantizeRequest) -> None:
         )
     if request.super_weight_budget_bytes and is_sized(request):
         raise UsageError("--super-weight-budget and a size contradict each other: the size says what the file may take. Give one of them")
+
+
+def refuse_columns(request: QuantizeRequest) -> None:
+    """Raise UsageError where feedback cannot take that many columns together, or there is none."""
+    n = request.compensate_columns
+    if n is not None and request.compensate is Compensate.OFF:
+        raise UsageError("--compensate-columns says how error feedback goes: give --compensate auto, fast or full too, or leave it out")
+    if n is not None and (n < COLUMN_BLOCK or n % COLUMN_BLOCK):
+        raise UsageError(f"--compensate-columns: got {n}, expected a multiple of {COLUMN_BLOCK}, in which blocks of weights stay whole. Give 4096, for example")
 
 
 def is_sized(request: QuantizeRequest) -> bool:

@@ -80,6 +80,7 @@ class Order:
     importance: Importance | None = None
     imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
     compensate: Compensate = Compensate.OFF
+    compensate_columns: int | None = None  # of a Gram matrix that feedback takes together; None: all
     plain_kinds: frozenset[str] = frozenset()  # of tensors that are left to the plain encoder all the same
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     protection: Protection | None = None
@@ -242,6 +243,7 @@ def encoding_fields(source: Source, order: Order, basis: Basis, settings: Settin
         "plan": order.plan.hash,
         "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
         "compensate": order.compensate,
+        "columns fed back together": order.compensate_columns,
         "kinds without feedback": sorted(order.plain_kinds),
         "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
         "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
@@ -281,7 +283,7 @@ def _encode(source: Source, order: Order, basis: Basis, journal: Journal, settin
     if order.protection is not None:
         left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.is_encoded else job for name, job in left.items()}
     is_tied = OUTPUT not in tensors
-    effort = order.compensate.effort(source.n_weights)
+    effort = replace(order.compensate.effort(source.n_weights), max_columns=order.compensate_columns)
 
     def run(jobs: list[TensorJob]) -> None:
         execute(

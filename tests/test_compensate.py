@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,45 @@ def test_rows_of_a_block_go_together_as_if_those_after_it_answered() -> None:
         handed_on = [carry[:, rows] for _, _, carry in blocks[i + 1 :] if carry is not None]
         assert len(handed_on) == len(blocks) - i - 1 and np.allclose(np.vstack([*handed_on, answer[:0]]), answer, atol=1e-5)
     assert all(carry is None and np.array_equal(coupling, np.eye(len(coupling))) for _, coupling, carry in row_blocks(n_out, None))
+
+
+@pytest.mark.parametrize(("ggml_type", "sweeps", "is_thorough"), [(GgmlType.Q4_0, 0, False), (GgmlType.Q3_K, 2, True)])
+def test_parts_of_the_columns_are_encoded_as_if_there_were_no_others(ggml_type: GgmlType, sweeps: int, is_thorough: bool) -> None:
+    """Bytes, importances, pinned weights or errors of one part that go to another, and a damping or gradient of all columns."""
+    n_out, n_in = 2 * ROW_BLOCK, 1280  # in parts of 768 and 512
+    W = np.random.default_rng(30).normal(size=(n_out, n_in)).astype(np.float32)
+    H, H_O = _covariance(n_in, 31, 2000), _covariance(n_out, 32, 150)
+    importance = np.diag(H).astype(np.float32)
+
+    def encode(columns: slice, pins: dict[int, Pin], max_columns: int | None) -> tuple[np.ndarray, np.ndarray]:
+        return compensate(
+            np.ascontiguousarray(W[:, columns]),
+            ggml_type,
+            H[columns, columns],
+            importance=importance[columns].copy(),
+            damping=Damping(0.1),
+            H_O=H_O,
+            sweeps=sweeps,
+            is_thorough=is_thorough,
+            max_columns=max_columns,
+            pins=pins,
+        )
+
+    whole, parts = encode(slice(None), {5: Pin((800,))}, 1024), (encode(slice(768), {}, None), encode(slice(768, None), {5: Pin((32,))}, None))
+    for ours, left, right in zip(whole, *parts, strict=True):
+        assert np.array_equal(ours, np.hstack([left, right]))
+    assert not np.array_equal(whole[0], encode(slice(None), {5: Pin((800,))}, None)[0])
+
+
+def test_effort_says_how_many_columns_go_together() -> None:
+    """An option that no encoder hears of."""
+    W = np.random.default_rng(33).normal(size=(ROW_BLOCK, 512)).astype(np.float32)
+    H, importance = _covariance(512, 34, 900), np.ones(512, np.float32)
+    curvature, inner = LossCurvature(H, H), np.diag(H).astype(np.float32)
+    for effort in (FAST, replace(FULL, dampings=(Damping(0.1),))):
+        how = {"damping": Damping(0.1), "sweeps": effort.sweeps, "is_thorough": effort.is_thorough, "max_columns": 256}
+        expected, _ = compensate(W, GgmlType.Q4_0, H, importance=inner, **how)  # type: ignore[arg-type]
+        assert np.array_equal(encode_guarded(W, GgmlType.Q4_0, importance, curvature, replace(effort, max_columns=256)).packed, expected)
 
 
 def test_identity_changes_nothing() -> None:

@@ -32,8 +32,9 @@ from loopgguf.journal import Journal
 from loopgguf.manifest import manifest_path
 from loopgguf.opening import Settings
 from loopgguf.pipeline import FeedbackLog, SampledError, TensorLog
+from loopgguf.source import open_source
 from loopgguf.super_weights import MaskLog
-from loopgguf.workflow import check_again, quantize
+from loopgguf.workflow import check_again, compute_imatrix, quantize
 
 REQUEST = QuantizeRequest(quant_type="Q8_0", use_imatrix=False)
 FEEDBACK = (FeedbackLog("columns", 1 / 3, Damping(0.3)), FeedbackLog("plain", 1.0, None))
@@ -465,3 +466,26 @@ def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_mode
         stream.write(bytes(info.n_bytes))
     quantize(demo_model, Path("x.gguf"), request, one)
     assert Path("x.gguf").read_bytes() == whole
+
+
+def test_columns_fed_back_together_reach_the_encoder_and_belong_to_the_job(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an option that changes nothing, or rows narrower than it says, and tensors of two widths in one file."""
+    text = ImatrixRequest(n_samples=32, ctx_size=256, gram=True, gradient=True)  # of less, ffn_down has too few tokens a column
+    request = QuantizeRequest(quant_type="Q4_0", imatrix=compute_imatrix(demo_model, Path("demo.imatrix.gguf"), text).path, compensate=Compensate.FAST)
+    narrow, one = replace(request, compensate_columns=512), Settings(n_threads=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, 4, raising(Killed()))
+        quantize(demo_model, Path("narrow.gguf"), narrow, one)
+    with pytest.raises(UsageError, match=r"differs in columns fed back together \(was 512, is nothing\)"):
+        quantize(demo_model, Path("narrow.gguf"), request, one)
+    files = [quantize(demo_model, path, how, one).paths[0] for path, how in ((Path("whole.gguf"), request), (Path("narrow.gguf"), narrow))]
+    digests = [{tensor.name: hashlib.sha256(tensor.read_rows(0, tensor.n_rows)).digest() for tensor in open_source(path).tensors} for path in files]
+    assert {name for name in digests[0] if digests[0][name] != digests[1][name]} == {f"blk.{layer}.ffn_down.weight" for layer in range(6)}
+
+
+def test_columns_that_cannot_be_fed_back_together_are_refused(model: Path) -> None:
+    """Catches a block of weights that is cut in two, and an option without effect."""
+    refused = ((Compensate.OFF, 256, "give --compensate"), (Compensate.FAST, 300, "got 300, expected a multiple of 256"), (Compensate.FAST, 0, "got 0"))
+    for compensate, n, what in refused:
+        with pytest.raises(UsageError, match=what):
+            quantize(model, Path("x.gguf"), replace(REQUEST, compensate=compensate, compensate_columns=n))
