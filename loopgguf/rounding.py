@@ -25,6 +25,7 @@ Matrix = NDArray[np.floating[Any]]
 Indices = NDArray[np.uint16]
 
 VISITED_COLUMNS = 128  # of a descent at once: a constant, as the widths of `compensate.py`
+UNCOPIED = 10**6  # multiplications of a product of few columns: a constant too
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -340,7 +341,7 @@ class Rounding:
             before, latest = n_moves, np.zeros_like(EC)
             for block in blocks[:: -1 if sweep % 2 else 1]:
                 since = slice(None) if sweep == 0 else slice(block.start, None) if sweep % 2 else slice(block.stop)
-                G[block] += self.H[block, since] @ changed[since]
+                _add_product(self.H[block, since], changed[since], G[block])
                 change = np.zeros((len(packed), len(G[block])), np.float32)
                 n_moves += self._visit(block, G[block].T.copy(), coupling, scale[:, block].copy(), place, negative[:, block], change)
                 latest[block] = change.T @ coupling
@@ -376,6 +377,14 @@ class Rounding:
 
     def _pack(self, place: Indices, negative: NDArray[np.bool_], packed: ByteArray) -> ByteArray:
         return pack(self.grid, Codes(self._order[place], negative), packed)
+
+
+def _add_product(A: FloatArray, B: FloatArray, out: FloatArray) -> None:
+    """Add A (n, k) times B (k, m) to `out`. OpenBLAS copies A into another order first, which few columns of B do not make up
+    for, but for products of 10⁶ multiplications it has kernels that need no copy (on processors with AVX-512)."""
+    k = UNCOPIED // len(A) // B.shape[1]
+    for part in [slice(start, start + k) for start in range(0, len(B), k)] if k >= VISITED_COLUMNS else [slice(None)]:
+        out += A[:, part] @ B[part]
 
 
 def _diagonal_blocks(M: Matrix, width: int) -> Matrix:

@@ -1,6 +1,6 @@
 """How fast error feedback encodes: weights per second by type and effort, the factorizations apart, and the memory they take.
 
-    python tools/bench_compensate.py [--rows 1024] [--columns 4096] [--types Q4_K,Q2_K,IQ2_XXS,IQ3_XXS] [--factor 4096,14336] [--threads N] [--cpu]
+    python tools/bench_compensate.py [--rows 1024] [--columns 4096] [--types Q4_K,Q2_K,IQ2_XXS,IQ3_XXS] [--factor 4096,14336] [--threads N] [--rounds 3] [--cpu]
 
 Weights are Gaussian, H is that of correlated columns. A thread encodes a tensor, so `--threads` of them encode as many side
 by side, as in a quantization; the figures are for all together. The last lines say what a 7B model takes with that.
@@ -34,13 +34,16 @@ def clock() -> float:
     return time.process_time() / N_PROCESSORS if "--cpu" in sys.argv else time.perf_counter()
 
 
-def timed(work: Callable[[], object], n_threads: int = 1) -> float:
-    """Return the seconds until as many threads have done the same work side by side."""
-    start = clock()
-    with ThreadPoolExecutor(n_threads) as pool:
-        for future in [pool.submit(work) for _ in range(n_threads)]:
-            future.result()
-    return clock() - start
+def timed(work: Callable[[], object], n_threads: int = 1, n_rounds: int = 1) -> float:
+    """Return the seconds until as many threads have done the same work side by side: the least of some rounds."""
+    seconds = []
+    for _ in range(n_rounds):
+        start = clock()
+        with ThreadPoolExecutor(n_threads) as pool:
+            for future in [pool.submit(work) for _ in range(n_threads)]:
+                future.result()
+        seconds.append(clock() - start)
+    return min(seconds)
 
 
 def covariance(n: int, seed: int) -> np.ndarray:
@@ -74,13 +77,13 @@ def bench_memory(ggml_type: GgmlType, n_rows: int, n_columns: int) -> None:
     tracemalloc.stop()
 
 
-def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: int) -> dict[str, float]:
-    """Print a line a type; return weights per second of all threads, by type and effort."""
+def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: int, n_rounds: int) -> dict[str, float]:
+    """Print a line a type; return weights per second of all threads, by type and effort (`full` takes long: one round)."""
     W = np.random.default_rng(0).standard_normal((n_rows, n_columns), np.float32)
     H, H_O = covariance(n_columns, 1), damped(covariance(n_rows, 2), ROW_DAMPING)
     importance = np.diag(H).astype(np.float32)
     widths = {FORMATS[t].block for t in types}
-    factors = {width: timed(lambda w=width: (Columns(H, w), list(row_blocks(n_rows, H_O))), n_threads) for width in widths}
+    factors = {width: timed(lambda w=width: (Columns(H, w), row_blocks(n_rows, H_O)), n_threads, n_rounds) for width in widths}
     print(f"{n_threads} threads, a tensor {n_rows} × {n_columns} each, M weights/s; factors of both sides, {max(factors.values()):.1f} s, taken off")
     print(f"{'type':<9}{'libggml':>10}{'fast':>10}{'full':>10}")
     speeds: dict[str, float] = {}
@@ -91,7 +94,7 @@ def bench_types(types: list[GgmlType], n_rows: int, n_columns: int, n_threads: i
             "full": lambda t=ggml_type: compensate(W, t, H, importance=importance, H_O=H_O, sweeps=FULL.sweeps_for(t), is_thorough=True),
         }
         for effort, work in works.items():
-            seconds = timed(work, n_threads) - (factors[FORMATS[ggml_type].block] if effort != "libggml" else 0)
+            seconds = timed(work, n_threads, 1 if effort == "full" else n_rounds) - (factors[FORMATS[ggml_type].block] if effort != "libggml" else 0)
             speeds[f"{ggml_type.name} {effort}"] = n_threads * W.size / max(seconds, 1e-3)
         print(f"{ggml_type.name:<9}" + "".join(f"{speeds[f'{ggml_type.name} {effort}'] / 1e6:>10.2f}" for effort in works), flush=True)
     return speeds
@@ -112,6 +115,7 @@ def main() -> int:
     parser.add_argument("--types", default="Q4_0,Q4_K,Q2_K,IQ3_XXS,IQ2_XXS")
     parser.add_argument("--factor", default="4096", help="sizes of H to factorize, with commas; the last says what a 7B model takes")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts, of libggml, fast and the factors")
     parser.add_argument("--cpu", action="store_true", help="count processor time, on a machine that does other work too")
     options = parser.parse_args()
     types, sizes = [GgmlType[name] for name in options.types.split(",")], list(map(int, options.factor.split(",")))
@@ -119,7 +123,7 @@ def main() -> int:
     seconds = [bench_factor(n, options.threads) for n in sizes]
     with threadpool_limits(1, "blas"):
         bench_memory(types[0], options.rows, options.columns)
-        speeds = bench_types(types, options.rows, options.columns, options.threads)
+        speeds = bench_types(types, options.rows, options.columns, options.threads, options.rounds)
     factors = FACTORS_7B * seconds[-1] / sizes[-1] ** 3
     for name, speed in speeds.items():
         if not name.endswith("libggml"):
