@@ -50,7 +50,8 @@ class Damping:
 
 
 def damped(H: Matrix, damping: Damping | None) -> Matrix:
-    """Return H (n, n) made safe to invert, in its own precision; dead columns (zero diagonal) get the mean of the others."""
+    """Return H (n, n) made safe to invert, in its own precision; dead columns (zero diagonal) get the mean of the others. None:
+    H itself."""
     if damping is None:
         return H
     result = H.copy()
@@ -214,6 +215,7 @@ def compensate(
                 E_part[rows] = rounding.decode(out[rows]) - target
         if rounding is not None and is_thorough and H_O is not None:
             _descend_both(W_part, out, E_part, rounding, H_O, sweeps)
+        del columns, rounding  # the matrices of the next part need not lie beside them
     return packed, ggml.decode_rows(ggml_type, packed, E)
 
 

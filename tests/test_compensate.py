@@ -250,6 +250,23 @@ def test_memory_is_a_few_slabs_and_matrices(effort: Effort) -> None:
     assert held + peak <= 4 * W.nbytes + 2.5 * 2 * (H.nbytes + H_O.nbytes)  # 2.5 matrices in double precision
 
 
+def test_parts_of_the_columns_take_memory_one_after_the_other() -> None:
+    """Matrices of a part that lie there while the next one's are made."""
+    W = np.random.default_rng(35).normal(size=(8, 2048)).astype(np.float32)
+    H, importance = np.eye(2048, dtype=np.float32) + np.float32(0.5), np.ones(2048, np.float32)
+
+    def peak(n_in: int) -> int:
+        tracemalloc.start()
+        try:
+            compensate(np.ascontiguousarray(W[:, :n_in]), GgmlType.Q4_0, H[:n_in, :n_in], importance=importance, sweeps=2, max_columns=512)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(512)  # what is made once is not counted
+    assert peak(2048) < peak(512) + 6 * W.nbytes
+
+
 @pytest.mark.parametrize("has_rows", [False, True])
 def test_a_pinned_weight_keeps_its_value_and_its_error_is_fed_back(has_rows: bool) -> None:
     """Feedback that moves a super weight before it is encoded; a pin counted from the wrong row or column; rows above that change."""
