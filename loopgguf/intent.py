@@ -67,7 +67,7 @@ class Search:
 
 @dataclass(frozen=True)
 class KindGuard:
-    """Kinds of tensors keep error feedback only where the file is closer with it on a selection text: that of `files`, default the
+    """Kinds of tensors go without error feedback where it makes the file worse on a selection text: that of `files`, default the
     one that ships."""
 
     files: tuple[str | Path, ...] = ()
@@ -165,9 +165,9 @@ def _refuse_protection(request: QuantizeRequest) -> None:
 
 
 def refuse_columns(request: QuantizeRequest) -> None:
-    """Raise UsageError where feedback cannot take that many columns together, or there is none."""
+    """Raise UsageError where feedback cannot take that many columns together, or there is none, which a gate might add either."""
     n = request.compensate_columns
-    if n is not None and request.compensate is Compensate.OFF:
+    if n is not None and request.compensate is Compensate.OFF and request.gate is None:
         raise UsageError("--compensate-columns says how error feedback goes: give --compensate auto, fast or full too, or leave it out")
     if n is not None and (n < COLUMN_BLOCK or n % COLUMN_BLOCK):
         raise UsageError(f"--compensate-columns: got {n}, expected a multiple of {COLUMN_BLOCK}, in which blocks of weights stay whole. Give 4096, for example")

@@ -71,19 +71,23 @@ def test_a_good_file_passes_as_it_is(model: Path, request_: QuantizeRequest, tex
 
 def test_steps_come_in_order_until_the_gate_is_passed(model: Path, request_: QuantizeRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches bits spent before feedback was tried, tensors encoded again though nothing of them changed, a tensor that a rule pins
-    and recovery raises, and steps that say nothing of before and after."""
+    and recovery raises, steps that say nothing of before and after, and feedback over more columns than
+    was said."""
     encoded: list[list[str]] = []
+    n_columns: set[int | None] = set()
     real = pipeline.execute
 
     def watched(jobs, *arguments, **options):  # type: ignore[no-untyped-def]
         encoded.append([job.row.name for job in jobs if job.row.type is not job.tensor.type])
+        n_columns.update(job.effort.max_columns for job in jobs if job.curvature is not None)
         return real(jobs, *arguments, **options)
 
     monkeypatch.setattr("loopgguf.publish.execute", watched)
     said: list[str] = []
     request = gated(request_, max_kld_nats=0.06)
-    request = replace(request, rules=TypeRules(overrides=parse_overrides(["attn_q=Q4_0"])))
+    request = replace(request, rules=TypeRules(overrides=parse_overrides(["attn_q=Q4_0"])), compensate_columns=256)
     result = quantize(model, tmp_path / "out.gguf", request, replace(SETTINGS, announce=said.append))
+    assert n_columns == {256}
     assert isinstance(result, CheckedResult)
     assert result.gate is not None
     steps = result.gate.steps
