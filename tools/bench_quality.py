@@ -102,15 +102,19 @@ def as_candidate(name: str, path: Path) -> Candidate:
 
 def block_rules(model: Path) -> TypeRules:
     """Return the rules that leave embedding and head, where it is a tensor of its own, at BF16."""
-    has_head = any(tensor.name == OUTPUT for tensor in open_source(model).tensors)
-    return TypeRules(pure=True, output_type=GgmlType.BF16 if has_head else None, token_embedding_type=GgmlType.BF16)
+    return TypeRules(pure=True, output_type=GgmlType.BF16 if has_head(model) else None, token_embedding_type=GgmlType.BF16)
 
 
-def pure_rules(preset: str, output_type: GgmlType | None) -> TypeRules:
+def has_head(model: Path) -> bool:
+    """Tell whether a model's head is a tensor of its own; where it is not, an option for its type is refused."""
+    return any(tensor.name == OUTPUT for tensor in open_source(model).tensors)
+
+
+def pure_rules(model: Path, preset: str, output_type: GgmlType | None) -> TypeRules:
     """Return the rules that give all tensors the type of a preset, but the head another if one is asked for; embedding and head,
     which have no imatrix, go without types for which ggml needs one."""
     least = GgmlType.Q2_K if find_preset(preset).default in IMATRIX_REQUIRED_BY_GGML else None
-    return TypeRules(pure=True, output_type=output_type or least, token_embedding_type=least)
+    return TypeRules(pure=True, output_type=output_type or (least if has_head(model) else None), token_embedding_type=least)
 
 
 def make_requests(model: Path, options: argparse.Namespace) -> dict[str, QuantizeRequest]:
@@ -119,7 +123,9 @@ def make_requests(model: Path, options: argparse.Namespace) -> dict[str, Quantiz
     common = QuantizeRequest(imatrix=options.imatrix, calibration=ImatrixRequest(tuple(options.calibration or ())), rules=rules)
     ours = replace(common, compensate=options.compensate)
     presets = dict.fromkeys([*split(options.types), *split(options.at_size_of)])
-    requests = {name: replace(common, quant_type=name, rules=pure_rules(name, options.output_tensor_type) if options.pure else rules) for name in presets}
+    requests = {
+        name: replace(common, quant_type=name, rules=pure_rules(model, name, options.output_tensor_type) if options.pure else rules) for name in presets
+    }
     if options.compensate is not Compensate.OFF:
         requests |= {f"{name}+{options.compensate}": replace(requests[name], compensate=options.compensate) for name in split(options.types)}
     return requests | {name: replace(ours, profile=name) for name in split(options.profiles)}
