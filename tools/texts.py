@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loopgguf.errors import InputError
 
-CALIBRATION = {"calibration_wiki.txt": (0, 72_000), "calibration_c4.txt": (0, 72_000), "calibration_code.txt": (0, 56_000)}  # bytes
+CALIBRATION = {"calibration_wiki.txt": (0, 144_000), "calibration_c4.txt": (0, 144_000), "calibration_code.txt": (0, 112_000)}  # bytes
 SELECTION = {"calibration_wiki.txt": (1_000_000, 1_048_000), "calibration_c4.txt": (600_000, 648_000)}
 VERDICT = ("wiki.test.raw", "novel_emma.txt")
 
