@@ -336,7 +336,7 @@ def encode_guarded(
         return plain
     objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
-    ways = {"columns and rows": _damped_rows(curvature.H_O)} if curvature.H_O is not None else {}
+    ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
         damping = _best_damping(W, ggml_type, inner, curvature, effort)
         for way, H_O in {**ways, "columns": None}.items():
@@ -360,12 +360,6 @@ def encode_guarded(
     except np.linalg.LinAlgError:
         return replace(plain, way=f"{PLAIN} ({FAILED})")
     return plain
-
-
-def _damped_rows(H_O: Matrix) -> Matrix:
-    result = mixed(H_O)
-    _damp(result, ROW_DAMPING)
-    return result
 
 
 def _best_damping(W: FloatArray, ggml_type: GgmlType, importance: FloatArray, curvature: LossCurvature, effort: Effort) -> Damping:

@@ -165,7 +165,7 @@ def _refuse_protection(request: QuantizeRequest) -> None:
 
 
 def refuse_columns(request: QuantizeRequest) -> None:
-    """Raise UsageError where feedback cannot take that many columns together, or there is none, which a gate might add either."""
+    """Raise UsageError where feedback cannot take that many columns together, or there is none and no gate that may turn it on."""
     n = request.compensate_columns
     if n is not None and request.compensate is Compensate.OFF and request.gate is None:
         raise UsageError("--compensate-columns says how error feedback goes: give --compensate auto, fast or full too, or leave it out")
