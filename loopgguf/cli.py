@@ -598,6 +598,14 @@ def quantize(
             "(ffn_down of large models). Two such blocks forgo a fifth of what feedback gains there, six two fifths. Default: all.",
         ),
     ] = None,
+    compensate_sequence: Annotated[
+        bool,
+        typer.Option(
+            "--compensate-sequence/--no-compensate-sequence",
+            help="Error feedback goes input by input, each encoded for what the layers before it have become: lower KLD, for another pass over some of the "
+            "text and, without matrices beside an imatrix, room for them on the disk. Of a checkpoint folder.",
+        ),
+    ] = True,
     compensate_guard: Annotated[
         bool,
         typer.Option(
@@ -648,6 +656,7 @@ def quantize(
         exact_errors=exact_errors,
         compensate=Compensate(compensate),
         compensate_columns=compensate_columns,
+        compensate_sequence=compensate_sequence,
         guard=KindGuard(tuple(selection_file or ())) if compensate_guard else None,
         protect_super_weights=protect_super_weights,
         super_weight_coverage=_coverage(super_weight_coverage, "--protect-super-weights", wanted=protect_super_weights),

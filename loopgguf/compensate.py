@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from loopgguf import ggml
+from loopgguf.drift import Drift
 from loopgguf.formats import FORMATS, GgmlType, row_bytes
 from loopgguf.grids import find_grid
 from loopgguf.super_weights import Pins, encode_rows, pins_between, restore_missed_rows
@@ -201,7 +202,7 @@ def compensate(
     n_out, n_in = W.shape
     packed, E = np.empty((n_out, row_bytes(ggml_type, n_in)), np.uint8), np.empty_like(W)
     blocks_of_rows = row_blocks(n_out, H_O)
-    for part in _parts(n_in, max_columns):
+    for part in column_parts(n_in, max_columns):
         own, W_part, E_part = H[part, part], W[:, part], E[:, part]
         out = packed[:, row_bytes(ggml_type, part.start) : row_bytes(ggml_type, part.stop)]
         columns = Columns(own, FORMATS[ggml_type].block, damping, keeps_factors=is_thorough)
@@ -219,7 +220,7 @@ def compensate(
     return packed, ggml.decode_rows(ggml_type, packed, E)
 
 
-def _parts(n_in: int, max_columns: int | None) -> list[slice]:
+def column_parts(n_in: int, max_columns: int | None) -> list[slice]:
     """Return the columns that feedback takes together: all, or as few parts as can be, of about equal size, in whole super-blocks."""
     n_parts = 1 if max_columns is None else math.ceil(n_in / max_columns)
     return _blocks(n_in, COLUMN_BLOCK * math.ceil(n_in / (COLUMN_BLOCK * n_parts)))
@@ -269,7 +270,8 @@ class LossCurvature:
     objective (n_in, n_in): what feedback along the rows minimises, `mixed` from E[x xᵀ] and the same with each token
     weighted by its squared gradient. H_O (n_out, n_out) = E[g gᵀ], or None to leave the rows to themselves; row_curvature
     (n_out,) = E[g_i²], or None. held_out (n_in, n_in) and held_out_O (n_out, n_out): the weighted one (without gradients
-    the plain) and H_O of tokens that took no part in any of these. All matrices are float32: they are the most of the memory.
+    the plain) and H_O of tokens that took no part in any of these. drift: of the inputs, in the file so far; None where it is not
+    known, or there is none. All matrices are float32: they are the most of the memory.
     """
 
     objective: Matrix
@@ -277,6 +279,7 @@ class LossCurvature:
     H_O: Matrix | None = None
     held_out_O: Matrix | None = None
     row_curvature: NDArray[np.float64] | None = None
+    drift: Drift | None = None
 
     def estimate(self, E: FloatArray) -> float:
         """Return what an encoding's error E (n_out, n_in) costs on held-out tokens: tr(H_O E H Eᵀ), or Σ_i r_i e_iᵀ H e_i
@@ -307,6 +310,7 @@ class Encoding:
     damping: Damping | None  # None: the plain encoder's bytes, for feedback did not do better
     way: str  # `PLAIN`, "columns", or "columns and rows"; with `FAILED` where feedback could not be tried to the end
     held_out_ratio: float
+    is_aimed: bool = False  # at weights that make up for the drift of the inputs
 
 
 PLAIN = "plain"
@@ -326,22 +330,24 @@ def encode_guarded(
     than the plain encoding, along the rows alone; and where that is no better either, the plain encoding.
 
     W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. pins: weights to
-    keep; a row whose super weight feedback loses takes the plain encoder's bytes. Where feedback cannot be computed (a
-    matrix that is not positive definite, weights that run away) the plain encoding stays, and `way` says so.
+    keep; a row whose super weight feedback loses takes the plain encoder's bytes. Feedback aims, and all errors are measured
+    from, where the drift of the inputs asks it to (`drift.Drift.aim`); the plain encoding is one of W all the same. Where feedback
+    cannot be computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and `way` says so.
     """
     pins = pins or {}
     plain = Encoding(encode_rows(ggml_type, W, importance, pins), None, PLAIN, 1.0)
-    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
+    target = _aim(W, curvature.drift, pins)
+    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - target)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
     objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
-        damping = _best_damping(W, ggml_type, inner, curvature, effort)
+        damping = _best_damping(target, ggml_type, inner, curvature, effort)
         for way, H_O in {**ways, "columns": None}.items():
             packed, decoded = compensate(
-                W,
+                target,
                 ggml_type,
                 objective,
                 importance=inner,
@@ -354,12 +360,22 @@ def encode_guarded(
             )
             if restore_missed_rows(ggml_type, W, pins, packed, plain.packed):
                 decoded = ggml.decode_rows(ggml_type, packed)
-            ratio = curvature.estimate(decoded - W) / plain_error
+            ratio = curvature.estimate(decoded - target) / plain_error
             if ratio < 1:
-                return Encoding(packed, damping, way, ratio)
+                return Encoding(packed, damping, way, ratio, is_aimed=target is not W)
     except np.linalg.LinAlgError:
         return replace(plain, way=f"{PLAIN} ({FAILED})")
     return plain
+
+
+def _aim(W: FloatArray, drift: Drift | None, pins: Pins) -> FloatArray:
+    """Return the weights to encode; W itself where nothing asks for others. What is pinned stays."""
+    target = W if drift is None else drift.aim(W)
+    if target is not W:
+        for row, pin in pins.items():
+            columns = [*pin.super_columns, *pin.mask_columns]
+            target[row, columns] = W[row, columns]
+    return target
 
 
 def _best_damping(W: FloatArray, ggml_type: GgmlType, importance: FloatArray, curvature: LossCurvature, effort: Effort) -> Damping:

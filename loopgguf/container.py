@@ -27,9 +27,10 @@ from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loopgguf.errors import InputError, OutputError
-from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, REMOVED_TYPES, GgmlType, padded, tensor_bytes
+from loopgguf.formats import ACTIVATION_TYPES, FORMATS, GGUF_ALIGNMENT, REMOVED_TYPES, GgmlType, padded, row_bytes, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -571,14 +572,25 @@ class PartFile:
                 done = os.pwrite(self._fd, view, offset)
                 view, offset = view[done:], offset + done
 
+    def read_at(self, offset: int, n_bytes: int) -> Iterator[bytes]:
+        """Yield these bytes of the part, read back, piece by piece; fewer where the part ends before."""
+        with _explained(self.path, "read"):
+            while n_bytes and (piece := os.pread(self._fd, min(n_bytes, _PIECE_BYTES), offset)):
+                yield piece
+                offset, n_bytes = offset + len(piece), n_bytes - len(piece)
+
     def sha256(self, offset: int, n_bytes: int) -> str:
         """Return the SHA-256 of these bytes of the part, read back, as hex; of fewer where the part ends before."""
         digest = hashlib.sha256()
-        with _explained(self.path, "read"):
-            while n_bytes and (piece := os.pread(self._fd, min(n_bytes, _PIECE_BYTES), offset)):
-                digest.update(piece)
-                offset, n_bytes = offset + len(piece), n_bytes - len(piece)
+        for piece in self.read_at(offset, n_bytes):
+            digest.update(piece)
         return digest.hexdigest()
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return rows start … stop − 1 of a tensor of the part, read back, (stop - start, row bytes) uint8."""
+        n_bytes = row_bytes(info.type, info.shape[-1])
+        raw = b"".join(self.read_at(info.offset + start * n_bytes, (stop - start) * n_bytes))
+        return np.frombuffer(raw, np.uint8).reshape(stop - start, n_bytes)
 
     def sync(self) -> None:
         """Force the bytes to the disk."""

@@ -197,14 +197,15 @@ def _are_enough(train: Gram, holdout: Gram) -> bool:
     return holdout.n_tokens > 0 and train.n_tokens >= MIN_TOKENS_PER_COLUMN * len(train.total)
 
 
-def describe_feedback(source: Source, compensate: Compensate, stored: Feedback | None) -> str:
+def describe_feedback(source: Source, compensate: Compensate, stored: Feedback | None, *, is_sequential: bool) -> str:
     """Return in a line what error feedback will do with a model."""
     effort = "thoroughly, down to single codes" if compensate.effort(source.n_weights) is FULL else "around the encoder, briefly over single codes"
     if stored is not None:
         basis = f"the matrices beside the imatrix, with{'' if stored.train.weighted else 'out'} gradients"
     else:
         basis = "gradients from a backward pass" if source.is_checkpoint else "inputs alone: a GGUF gives no gradients, a checkpoint folder would"
-    return f"error feedback: {effort}, under {basis}"
+    sequence = "; each layer for the inputs it gets in the file" if is_sequential else ""
+    return f"error feedback: {effort}, under {basis}{sequence}"
 
 
 def kept_bytes(source: Source, chunks: Chunks, max_memory_bytes: int) -> int:

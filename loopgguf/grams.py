@@ -38,6 +38,7 @@ HOLDOUT = "holdout."
 MATRICES, VECTORS, CURVATURES = ("inputs", "weighted", "outputs"), ("first", "first_weighted"), ("curvature",)
 _MAX_SUM = 1e30  # beyond which products of two overflow
 _BLOCK = 512  # rows mirrored at a time
+_NO_LAYER = "no-layer"  # the shard of what belongs to none
 _ENTRY = re.compile(rf"({re.escape(HOLDOUT)})?({'|'.join((*MATRICES, *VECTORS, *CURVATURES))})\.(.+?)(?:#(\d{{1,6}}))?")
 
 
@@ -97,14 +98,12 @@ def stored_bytes(shapes: Mapping[str, Sequence[int]], *, has_gradient: bool) -> 
     return 2 * (4 * (n_values + sum(inputs.values())) + 4096 * len(shapes))
 
 
-def check_disk(folder: Path, n_bytes: int) -> None:
+def check_disk(folder: Path, n_bytes: int, remedy: str = "choose another disk with -o") -> None:
     """Raise OutputError when `folder` (or the nearest one above that exists) has no room for `n_bytes` of matrices."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise OutputError(
-            f"disk space for Gram matrices in {existing}: got {free:,} bytes free, expected {n_bytes:,}. Free some space or choose another disk with -o"
-        )
+        raise OutputError(f"disk space for Gram matrices in {existing}: got {free:,} bytes free, expected {n_bytes:,}. Free some space or {remedy}")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
@@ -175,7 +174,19 @@ class GramWriter:
             folder.mkdir(parents=True, exist_ok=True)
 
     def _shard(self, layer: int | None) -> Path:
-        return self.folder / ("no-layer" if layer is None else f"layer-{layer:05d}")
+        return self.folder / (_NO_LAYER if layer is None else f"layer-{layer:05d}")
+
+    def _shards(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.suffix != ".part")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that a pass gives has been written: what belongs to no layer comes last."""
+        return self._shard(None).exists()
+
+    def written(self) -> GramStatistics:
+        """Return what was written, as `load_grams`."""
+        return _load(self._shards())
 
     def __call__(self, layer: int | None, train: GramSet, holdout: GramSet) -> None:
         """Write one layer's matrices (None: of what belongs to no layer), durably. Raises OutputError."""
@@ -203,7 +214,7 @@ class GramWriter:
     def publish(self, imatrix: Path, *, overwrite: bool = False) -> list[Path]:
         """Give the shards names beside the imatrix too, and return them; older ones are removed. Raises OutputError."""
         refuse_existing_grams(imatrix, overwrite=overwrite)
-        shards = sorted(path for path in self.folder.iterdir() if path.suffix != ".part")
+        shards = self._shards()
         names = [gram_path(imatrix, number, len(shards)) for number in range(1, len(shards) + 1)]
         with _explained(imatrix):
             for old in find_grams(imatrix):
@@ -327,10 +338,13 @@ def load_grams(imatrix: Path) -> GramStatistics:
     if len(counts) > 1:
         raise _refuse(imatrix.absolute().parent, f"shards of {imatrix_stem(imatrix)}.gram", f"parts of {sorted(counts)} shards", "those of one run")
     n_shards = counts.pop()
+    return _load([gram_path(imatrix, number, n_shards) for number in range(1, n_shards + 1)])
+
+
+def _load(paths: Sequence[Path]) -> GramStatistics:
     tensors: dict[str, StoredTensor] = {}
     headers = []
-    for number in range(1, n_shards + 1):
-        path = gram_path(imatrix, number, n_shards)
+    for path in paths:
         raw, found = read_safetensors(path)
         twice = next((name for name in found if name in tensors), None)
         if twice is not None:

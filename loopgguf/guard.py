@@ -22,13 +22,14 @@ from scipy.special import stdtrit
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import GUARD, Job, State, open_stage
+from loopgguf.encode import Order, Reuse, encoding_fields, find_basis
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.evaluation import Measure, Quality, compare_paired, measure_quality
 from loopgguf.feedback import Compensate
 from loopgguf.intent import QuantizeRequest, Resolved
 from loopgguf.opening import Settings
 from loopgguf.pipeline import WriteResult
-from loopgguf.publish import Order, Reuse, encoding_fields, find_basis, publish
+from loopgguf.publish import publish
 from loopgguf.recovery import selection_chunks
 from loopgguf.source import Source
 from loopgguf.splits import tokens_sha256

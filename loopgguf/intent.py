@@ -13,6 +13,7 @@ from pathlib import Path
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import StopRequest
 from loopgguf.compensate import COLUMN_BLOCK
+from loopgguf.encode import Order, Reuse
 from loopgguf.errors import UsageError
 from loopgguf.errortable import FEEDBACK_GAINS, ErrorTable, Request, Sampling, measure_errors, tilted
 from loopgguf.evaluation import Measure
@@ -48,7 +49,7 @@ from loopgguf.planner import (
 from loopgguf.presets import read_facts
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, NOTHING_FOUND, Protection, known_mask, known_super_weights, plan_protection, refuse_bad_coverage
-from loopgguf.publish import Order, Reuse, total_bytes
+from loopgguf.publish import total_bytes
 from loopgguf.sensitivity import Sensitivities
 from loopgguf.source import Source
 from loopgguf.super_weights import Mask
@@ -91,6 +92,7 @@ class QuantizeRequest:
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
     compensate_columns: int | None = None  # of a Gram matrix that feedback takes together, a multiple of 256; None: all
+    compensate_sequence: bool = True  # each layer for the inputs that it gets in the file; of a checkpoint folder
     guard: KindGuard | None = None
     search: Search | None = None
     gate: Gate | None = None  # what the finished file must reach
@@ -124,6 +126,7 @@ class Resolved:
             imatrix=request.imatrix,
             compensate=request.compensate,
             compensate_columns=request.compensate_columns,
+            compensate_sequence=request.compensate_sequence,
             plain_kinds=self.plain_kinds,
             reuse=self.reuse,
             calibration=request.calibration,

@@ -37,7 +37,8 @@ _TENSORS, _VERIFIED, _PUBLISHED = "tensors", "verified", "published"
 
 def _from_json(entries: Mapping[str, Any]) -> TensorLog:
     def feedback(values: Mapping[str, Any]) -> FeedbackLog:
-        return FeedbackLog(values["way"], values["held_out_ratio"], None if values["damping"] is None else Damping(**values["damping"]))
+        damping = None if values["damping"] is None else Damping(**values["damping"])
+        return FeedbackLog(values["way"], values["held_out_ratio"], damping, values["is_aimed"])
 
     return TensorLog(
         sampled=None if entries["sampled"] is None else SampledError(**entries["sampled"]),

@@ -497,7 +497,7 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 @contextmanager
-def _torch_settings(n_threads: int, device: str) -> Iterator[None]:
+def torch_settings(n_threads: int, device: str) -> Iterator[None]:
     """Run without gradients on `n_threads` threads; leaves torch as it was. Raises UsageError for a device that is not there."""
     import torch
 
@@ -537,7 +537,7 @@ def collect_from_checkpoint(
     Raises InputError for a folder that is incomplete, unsupported or damaged, OutputError when the disk is too small.
     """
     audience = Audience(accumulators, split)
-    with _torch_settings(n_threads, device):
+    with torch_settings(n_threads, device):
         model = StreamedModel(folder, attention="eager" if audience.wants_attention else "sdpa", device=device, edits=edits)
         storage = StateStorage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
         run = _ForwardPass(model, chunks, documents, audience, storage, progress, process_output=process_output)
@@ -578,7 +578,7 @@ def collect_gradients(
     n_gram_sets = sum(isinstance(a, GramSums) for a in both)
     plan = plan or plan_gradient_pass(folder, *chunks.shape, max_memory_bytes=max_memory_bytes, n_gram_sets=n_gram_sets)
     numbers = range(len(chunks)) if numbers is None else numbers
-    with _torch_settings(n_threads, device):
+    with torch_settings(n_threads, device):
         model = StreamedModel(folder, attention="eager" if audience.wants_attention else "sdpa", device=device)
         storage = StateStorage((*chunks.shape, model.sizes.n_embd), max_memory_bytes, work)
         how: dict[str, Any] = {"numbers": numbers, "label_seed": label_seed, "on_layer": on_layer, "process_output": process_output}

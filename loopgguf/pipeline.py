@@ -53,6 +53,7 @@ class FeedbackLog:
     way: str
     held_out_ratio: float
     damping: Damping | None
+    is_aimed: bool = False  # at weights that make up for the drift of its inputs
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _encode(slab: _Slab, rows: ggml.FloatArray) -> tuple[ggml.ByteArray, Feedbac
     if curvature is None:
         return encode_rows(target, rows, slab.importance, slab.pins), None
     encoding = encode_guarded(rows, target, slab.importance, curvature, job.effort, slab.pins)
-    return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping)
+    return encoding.packed, FeedbackLog(encoding.way, encoding.held_out_ratio, encoding.damping, encoding.is_aimed)
 
 
 def _run(slab: _Slab) -> TensorLog:

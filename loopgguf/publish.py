@@ -3,96 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import importlib.metadata
 import itertools
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from loopgguf.architectures import tensor_role
-from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32, write_file
+from loopgguf.encode import Basis, Order, describe_untried, encode, encoding_fields, find_basis
 from loopgguf.errors import InputError, OutputError, QualityError, UsageError
-from loopgguf.evaluation import Measure
 from loopgguf.feedback import (
-    MIN_TOKENS_PER_COLUMN,
     Compensate,
-    Feedback,
     describe_feedback,
-    kept_bytes,
-    may_have_feedback,
-    run_feedback,
-    stored_feedback,
 )
-from loopgguf.formats import QUANTIZED_TYPES
-from loopgguf.grams import find_grams
-from loopgguf.hidden_states import finished_layers
-from loopgguf.importance import ImatrixRequest, Importance, calibration_chunks
 from loopgguf.journal import Journal, Parts, take_back
 from loopgguf.manifest import manifest_line, manifest_path, read_manifest
-from loopgguf.opening import Settings, model_fields, refuse_same_file
-from loopgguf.pipeline import Job as TensorJob
-from loopgguf.pipeline import KeptWeight, TensorLog, WriteResult, execute
-from loopgguf.planfile import imatrix_digest
-from loopgguf.planner import OUTPUT, Plan, PlanRow
+from loopgguf.opening import Settings, refuse_same_file
+from loopgguf.pipeline import KeptWeight, TensorLog, WriteResult
+from loopgguf.planner import PlanRow
 from loopgguf.protection import Protection, flat_row
-from loopgguf.report import names_text
-from loopgguf.source import Source, Tensor, open_source, refuse_changed
+from loopgguf.source import Source, refuse_changed
 from loopgguf.splits import tokens_sha256
 from loopgguf.verify import decode_row, speak, verify_file
 from loopgguf.version import __version__
 
 SPEAKING_PROMPT = "Once upon a time"
 SELECTION_NAMES_BYTES = 512  # half of `intent.GATE_BYTES`
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """Tensors of a file that was written before from the same source, encoded as they are planned again, and the logs of that file."""
-
-    tensors: Mapping[str, Tensor]
-    logs: Mapping[str, TensorLog]
-
-    @classmethod
-    def of(cls, result: WriteResult, path: Path, plan: Plan) -> Reuse:
-        """Return the tensors of a published file, which goes by the name `path` now, that another plan leaves as they are."""
-        types = {row.name: row.type for row in plan.rows}
-        kept = {row.name for row in result.plan.rows if row.is_encoded and types[row.name] is row.type}
-        return cls({tensor.name: tensor for tensor in open_source(path).tensors if tensor.name in kept}, result.logs)
-
-    @property
-    def kept_logs(self) -> dict[str, TensorLog]:
-        """The logs of the tensors that are taken over."""
-        return {name: self.logs[name] for name in self.tensors}
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be written: a plan, what its encoders are told, and how the output is cut."""
-
-    plan: Plan
-    importance: Importance | None = None
-    imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
-    compensate: Compensate = Compensate.OFF
-    compensate_columns: int | None = None  # of a Gram matrix that feedback takes together; None: all
-    plain_kinds: frozenset[str] = frozenset()  # of tensors that are left to the plain encoder all the same
-    calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
-    protection: Protection | None = None
-    keep_split: bool = False
-    selection: Chunks | None = None  # the text it must pass a gate on
-    predicted_kld_nats: Measure | None = None  # on that text
-    reuse: Reuse | None = None
-    inputs: tuple[Path, ...] = ()  # files that the user gave besides the source, which the output must not replace
-
-    def wants_feedback(self, name: str) -> bool:
-        """Tell whether a tensor of this name may be encoded with error feedback, where there is what it takes."""
-        return self.compensate is not Compensate.OFF and tensor_role(name).kind not in self.plain_kinds
 
 
 def _metadata(source: Source, order: Order) -> dict[str, Value]:
@@ -186,7 +125,7 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     check_outputs(source, paths, order.inputs, overwrite=True)
     basis = find_basis(source, order, settings)
     if order.compensate is not Compensate.OFF:
-        settings.announce(describe_feedback(source, order.compensate, basis.stored))
+        settings.announce(describe_feedback(source, order.compensate, basis.stored, is_sequential=basis.is_sequential))
     fingerprint = _fingerprint(source, order, files, basis, settings)
     with open_stage(settings.job_folder or job_folder(output), QUANTIZE, fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
         state = job.load()
@@ -205,24 +144,8 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
                 if not journal.n_saved:
                     raise
                 raise type(error)(f"{error}. {journal.n_saved} finished tensors are kept in {job.folder.parent}: the same command goes on") from error
-    notes = [*notes, *_describe_untried(order, written.logs)]
+    notes = [*notes, *describe_untried(order, written.logs)]
     return WriteResult(order.plan, paths, n_bytes, written.logs, written.seconds, written.sample_text, tuple(notes), super_weights=written.super_weights)
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What error feedback rests on: the matrices beside the imatrix, or else a pass over calibration text."""
-
-    stored: Feedback | None = None
-    chunks: Chunks | None = None
-
-
-def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
-    """Return what an order's error feedback rests on; nothing where it has none."""
-    if order.compensate is Compensate.OFF:
-        return Basis()
-    stored = stored_feedback(order.imatrix)
-    return Basis(stored, calibration_chunks(source, order.calibration, settings) if stored is None else None)
 
 
 def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layout]], basis: Basis, settings: Settings) -> dict[str, object]:
@@ -232,117 +155,6 @@ def _fingerprint(source: Source, order: Order, files: Sequence[tuple[Path, Layou
         "metadata": content_key(*(hashlib.sha256(layout.header).hexdigest() for _, layout in files)),
         **encoding_fields(source, order, basis, settings),
     }
-
-
-def encoding_fields(source: Source, order: Order, basis: Basis, settings: Settings) -> dict[str, object]:
-    """Return what the bytes of an order's tensors depend on, by names that a user understands."""
-    libraries = ["llama-cpp-python", "numpy", *([] if order.compensate is Compensate.OFF else ["numba", "scipy", "torch"])]
-    used = order.importance if order.importance is not None and order.importance.statistics is not None else None
-    return {
-        **model_fields(source, settings),
-        "plan": order.plan.hash,
-        "imatrix": imatrix_digest(order.plan, used) if used is not None else None,
-        "compensate": order.compensate,
-        "columns fed back together": order.compensate_columns,
-        "kinds without feedback": sorted(order.plain_kinds),
-        "Gram matrices": _files_key(find_grams(order.imatrix)) if basis.stored is not None and order.imatrix is not None else None,
-        "calibration text": None if basis.chunks is None else content_key(basis.chunks.fingerprint, order.calibration.ctx_size),
-        "max-memory": None if basis.chunks is None else settings.max_memory_bytes,
-        "super weights": None if order.protection is None else order.protection.fingerprint,
-        "device": settings.device,
-        **{f"{name} version": importlib.metadata.version(name) for name in libraries},
-    }
-
-
-def _files_key(paths: Sequence[Path]) -> str:
-    return content_key(*((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
-
-
-def _describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
-    """Say which quantized tensors error feedback was asked for and not tried on."""
-    if order.compensate is Compensate.OFF:
-        return []
-    quantized = [row.name for row in order.plan.rows if row.is_encoded and row.type in QUANTIZED_TYPES and order.wants_feedback(row.name)]
-    untried = [name for name in quantized if not logs[name].feedback]
-    if not untried:
-        return []
-    why = f"no matrices of them, or of fewer than {MIN_TOKENS_PER_COLUMN} tokens a column"
-    return [f"error feedback: not tried on {len(untried)} of {len(quantized)} quantized tensors ({names_text(untried)}): {why}"]
-
-
-def _encode(source: Source, order: Order, basis: Basis, journal: Journal, settings: Settings) -> None:
-    """Encode and write the tensors that the journal does not have: at once, or with error feedback each layer as soon as its
-    matrices are known."""
-    tensors, rows = {tensor.name: tensor for tensor in source.tensors}, {row.name: row for row in order.plan.rows}
-    left = {
-        info.name: TensorJob(tensors[info.name], rows[info.name], part, info)
-        for part, layout in journal.parts
-        for info in layout.tensors
-        if info.name not in journal.logs
-    }
-    if order.protection is not None:
-        left = {name: replace(job, pins=order.protection.pins(job.tensor)) if job.row.is_encoded else job for name, job in left.items()}
-    is_tied = OUTPUT not in tensors
-    effort = replace(order.compensate.effort(source.n_weights), max_columns=order.compensate_columns)
-
-    def run(jobs: list[TensorJob]) -> None:
-        execute(
-            jobs,
-            order.importance if order.importance is not None else lambda name: None,
-            n_threads=settings.n_threads,
-            max_buffer_bytes=settings.max_buffer_bytes,
-            progress=settings.progress,
-            on_tensor=journal.finished,
-            should_stop=lambda: journal.should_stop,
-        )
-        journal.stop_if_asked()
-
-    def with_feedback(names: list[str], feedback: Feedback) -> None:
-        wanted = [name for name in names if order.wants_feedback(name)]
-        run([replace(job, curvature=feedback.curvature(job.row, is_tied=is_tied), effort=effort) for job in map(left.pop, wanted)])
-
-    def encode_layer(layer: int | None, feedback: Feedback) -> None:
-        with_feedback([name for name in left if tensor_role(name).layer == layer], feedback)
-        journal.save()  # the pass may forget the layer's matrices now
-
-    if order.reuse is not None:
-        run([replace(left.pop(name), tensor=tensor) for name, tensor in order.reuse.tensors.items() if name in left])
-    if basis.stored is not None:
-        with_feedback(list(left), basis.stored)
-    elif basis.chunks is not None:
-        has_feedback = functools.partial(may_have_feedback, is_tied=is_tied, has_gradients=source.is_checkpoint)
-        layers = {tensor_role(name).layer for name, job in left.items() if order.wants_feedback(name) and has_feedback(job.row)}
-        if layers:
-            _run_pass(source, basis.chunks, encode_layer, layers, journal, settings)
-    run(list(left.values()))
-
-
-def _run_pass(
-    source: Source,
-    chunks: Chunks,
-    encode_layer: Callable[[int | None, Feedback], None],
-    layers: Collection[int | None],
-    journal: Journal,
-    settings: Settings,
-) -> None:
-    """Run the pass that gives the matrices of `layers`; where it goes layer by layer, it goes on from what lies in the job folder."""
-    n_bytes, work = kept_bytes(source, chunks, settings.max_memory_bytes), journal.job.work
-    if n_bytes and not set(layers).isdisjoint(finished_layers(work)):  # a damaged tensor of a layer that it would not show again
-        shutil.rmtree(work)
-        work.mkdir()
-    if n_bytes:
-        settings.announce(f"error feedback: up to {n_bytes:,} bytes of hidden states in {work} until it is done")
-    run_feedback(
-        source,
-        chunks,
-        encode_layer,
-        n_threads=settings.n_threads,
-        device=settings.device,
-        max_memory_bytes=settings.max_memory_bytes,
-        progress=journal.stopping(settings.progress, between_steps=n_bytes > 0),
-        work=work if n_bytes else None,
-        wanted=layers,
-    )
 
 
 @dataclass(frozen=True)
@@ -370,7 +182,7 @@ def _write(source: Source, order: Order, basis: Basis, journal: Journal, setting
         with timed("encode and write"):
             for part, layout in parts:
                 _write_frame(part, layout)
-            _encode(source, order, basis, journal, settings)
+            encode(source, order, basis, journal, settings)
         with timed("fsync"):
             for part, _ in parts:
                 part.sync()

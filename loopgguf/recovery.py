@@ -19,6 +19,7 @@ from loopgguf.allocation import Choice, improve
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import GATE, Job, State, job_folder, open_stage
 from loopgguf.container import part_path
+from loopgguf.encode import Order, Reuse
 from loopgguf.errors import Interrupted, QualityError, UsageError
 from loopgguf.errortable import ErrorTable, Request
 from loopgguf.evaluation import measure_quality
@@ -31,7 +32,7 @@ from loopgguf.manifest import manifest_path
 from loopgguf.opening import Settings, cut_text
 from loopgguf.pipeline import WriteResult
 from loopgguf.planner import Plan, free_requests, measured_types, with_type
-from loopgguf.publish import Order, Reuse, check_outputs, move_published, publish, total_bytes
+from loopgguf.publish import check_outputs, move_published, publish, total_bytes
 from loopgguf.source import Source
 from loopgguf.splits import refuse_shared
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from loopgguf.checkpoint import cache_path, content_key
+from loopgguf.encode import Order
 from loopgguf.formats import QUANTIZED_TYPES, GgmlType
 from loopgguf.opening import Settings, open_model
 from loopgguf.planner import plan_conversion
-from loopgguf.publish import Order, publish, total_bytes
+from loopgguf.publish import publish, total_bytes
 from loopgguf.source import Source
 from loopgguf.version import __version__
 

@@ -197,11 +197,14 @@ def _checks_json(result: WriteResult) -> dict[str, object]:
 
 
 def feedback_line(logs: Sequence[FeedbackLog]) -> str:
-    """Return what error feedback came to: which way won how often, and the mean held-out error beside the plain encoder's."""
+    """Return what error feedback came to: which way won how often, the mean held-out error beside the plain encoder's, and how many
+    matrices make up for the drift of their inputs."""
     ways = Counter(log.way for log in logs)
     won = ", ".join(f"{way} {n}" for way, n in ways.most_common())
     ratio = np.mean([log.held_out_ratio for log in logs])
-    return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's"
+    n_aimed = sum(log.is_aimed for log in logs)
+    drift = f"; {n_aimed} make up for the drift of their inputs" if n_aimed else ""
+    return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's{drift}"
 
 
 def recheck_table(result: Recheck) -> Table:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from loopgguf.architectures import tensor_role
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import SEARCH, Job, State, content_key, open_stage
+from loopgguf.encode import Reuse
 from loopgguf.errors import Interrupted, UsageError
 from loopgguf.errortable import ErrorTable, Tilt, tilted
 from loopgguf.evaluation import Measure, Quality, compare_paired, measure_qualities
@@ -35,7 +36,7 @@ from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, load_plan, save_plan
 from loopgguf.planner import Plan, SizedPlan, SizeProblem, budget_for_kld, plan_preset, plan_size, size_problem
 from loopgguf.profile import load_profile
-from loopgguf.publish import Reuse, publish, total_bytes
+from loopgguf.publish import publish, total_bytes
 from loopgguf.recovery import selection_chunks
 from loopgguf.source import Source
 from loopgguf.splits import tokens_sha256

@@ -17,15 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loopgguf import ggml
+from loopgguf.accumulators import EMBEDDING
 from loopgguf.architectures import Hyperparameters, find_family, read_hyperparameters, rope_source_rows
 from loopgguf.documents import load_json
 from loopgguf.errors import InputError, UsageError
 from loopgguf.safetensor import StoredTensor, read_weights
+from loopgguf.source import Tensor
 
 if TYPE_CHECKING:
     import torch
 
 TokenArray = NDArray[np.int32]
+FindTensor = Callable[[str], Tensor | None]
 
 VOCAB_SLAB = 16384  # rows of the head that are float32 in memory at a time; labels do not depend on it
 
@@ -140,15 +144,19 @@ def _compute_buffers(model: Any, device: str) -> None:
 
 
 class StreamedModel:
-    """A model whose weights come and go: embedding rows, blocks of layers, the final norm, slabs of the head."""
+    """A model whose weights come and go: embedding rows, blocks of layers, the final norm, slabs of the head.
 
-    def __init__(self, folder: Path, *, attention: str, device: str, edits: Sequence[WeightEdit] = ()) -> None:
+    written: the weight of a GGUF, by name, that stands in for the checkpoint's, of the layers and the token embeddings; asked
+    whenever one is loaded, and None where there is none.
+    """
+
+    def __init__(self, folder: Path, *, attention: str, device: str, edits: Sequence[WeightEdit] = (), written: FindTensor = lambda _name: None) -> None:
         config = load_json(folder / "config.json")
         self.family = find_family(config)
         self.sizes: Hyperparameters = read_hyperparameters(self.family, config)  # refuses what transformers would trip over
         self.checkpoint = Checkpoint(folder, config, read_weights(folder).tensors)
         self.module = _build_model(folder, config, attention=attention, device=device)
-        self.device, self.edits = device, edits
+        self.device, self.edits, self.written = device, edits, written
         self.layers = self.module.base_model.layers
         self.is_tied = bool(self.module.config.tie_word_embeddings)
         self.head_name = "model.embed_tokens.weight" if self.is_tied else "lm_head.weight"
@@ -189,14 +197,25 @@ class StreamedModel:
                 memory = self._memory[place, name] = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
             memory.copy_(stored)
             state[name] = memory
-            self._edit(self.names.get(prefix + name), memory)
+            if prefix + name in self.names:
+                self._replace(self.names[prefix + name], memory)
+                self._edit(self.names[prefix + name], memory)
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:  # torch's own words hold both shapes
             raise InputError(f"weights of {prefix}* in {self.checkpoint.folder} do not fit config.json: {' '.join(str(error).split())}") from error
         module.requires_grad_(False)
 
-    def _edit(self, name: str | None, weight: torch.Tensor) -> None:
+    def _replace(self, name: str, weight: torch.Tensor) -> None:
+        import torch
+
+        written = self.written(name)
+        if written is not None:
+            rows = self.source_rows(name)
+            decoded = torch.from_numpy(ggml.decode_rows(written.type, written.read_rows(0, written.n_rows)))
+            weight[slice(None) if rows is None else torch.from_numpy(rows)] = decoded.reshape(written.shape).to(weight.device)
+
+    def _edit(self, name: str, weight: torch.Tensor) -> None:
         for edit in self.edits:
             if edit.name == name:
                 rows = self.source_rows(edit.name)
@@ -226,7 +245,14 @@ class StreamedModel:
 
     def embed(self, tokens: TokenArray) -> torch.Tensor:
         """Return the embeddings of one chunk, (n_ctx, n_embd) on the host; only the rows in use are read."""
-        return self.checkpoint.read_rows("model.embed_tokens.weight", tokens)
+        import torch
+
+        written = self.written(EMBEDDING)
+        if written is None:
+            return self.checkpoint.read_rows("model.embed_tokens.weight", tokens)
+        distinct, places = np.unique(tokens, return_inverse=True)
+        rows = np.concatenate([ggml.decode_rows(written.type, written.read_rows(row, row + 1)) for row in distinct.tolist()])
+        return torch.from_numpy(rows[places])
 
     @property
     def n_head_slabs(self) -> int:

@@ -13,6 +13,7 @@ from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import GUARD, SEARCH, drop_stage, job_folder, sweep
 from loopgguf.collapse import LOW_BPW, CollapseCheck, check_collapse, low_bits_warning
 from loopgguf.comparison import ComparedFile, compare_measured, find_baseline, short_names
+from loopgguf.encode import Order
 from loopgguf.errors import QualityError
 from loopgguf.evaluation import Quality, measure_qualities
 from loopgguf.fidelity import Fidelity, measure_fidelities
@@ -26,7 +27,7 @@ from loopgguf.planfile import SavedPlan, imatrix_digest
 from loopgguf.planner import SizedPlan, bits_per_weight, label_of, nearest_label, plan_conversion
 from loopgguf.profile import load_profile
 from loopgguf.protection import DEFAULT_COVERAGE, known_mask, known_super_weights, refuse_bad_coverage, refuse_existing_protection, save_protection
-from loopgguf.publish import SPEAKING_PROMPT, Order, check_outputs, publish, total_bytes
+from loopgguf.publish import SPEAKING_PROMPT, check_outputs, publish, total_bytes
 from loopgguf.recovery import pass_gate, refuse_gate, selection_chunks
 from loopgguf.reference import known_reference, reference_gguf
 from loopgguf.reportfile import Samples, make_document, refuse_existing_report, write_document

@@ -38,6 +38,7 @@ from rich.console import Console
 from loopgguf import report
 from loopgguf.comparison import file_size
 from loopgguf.container import read_shards
+from loopgguf.encode import Order
 from loopgguf.errors import LoopggufError, UsageError
 from loopgguf.evaluation import PairedComparison, Quality, compare_paired
 from loopgguf.feedback import Compensate
@@ -45,7 +46,7 @@ from loopgguf.formats import IMATRIX_REQUIRED_BY_GGML, GgmlType, parse_type
 from loopgguf.opening import default_threads
 from loopgguf.planner import OUTPUT, TypeRules, plan_conversion
 from loopgguf.presets import find_preset
-from loopgguf.publish import Order, publish
+from loopgguf.publish import publish
 from loopgguf.source import open_source
 from loopgguf.workflow import ImatrixRequest, QuantizeRequest, Settings, compare, compute_imatrix, quantize, reference_gguf
 
