@@ -330,16 +330,16 @@ def encode_guarded(
     than the plain encoding, along the rows alone; and where that is no better either, the plain encoding.
 
     W: (n_out, n_in) float32. importance: (n_in,) float32 > 0 for the plain encoder, an imatrix, or None. pins: weights to
-    keep; a row whose super weight feedback loses takes the plain encoder's bytes. Feedback aims, and all errors are measured
-    from, where the drift of the inputs asks it to (`drift.Drift.aim`); the plain encoding is one of W all the same. Where feedback
-    cannot be computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and `way` says so.
+    keep; a row whose super weight feedback loses takes the plain encoder's bytes. Where the inputs have drifted, feedback aims at
+    `drift.Drift.aim` of W, and its error is measured from there; the plain encoding's is from W. Where feedback cannot be
+    computed (a matrix that is not positive definite, weights that run away) the plain encoding stays, and `way` says so.
     """
     pins = pins or {}
     plain = Encoding(encode_rows(ggml_type, W, importance, pins), None, PLAIN, 1.0)
-    target = _aim(W, curvature.drift, pins)
-    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - target)
+    plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
+    target = _aim(W, curvature.drift, pins)
     objective = curvature.objective
     inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
     ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}

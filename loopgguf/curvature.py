@@ -162,13 +162,13 @@ class GramStatistics:
     fingerprint: str
 
 
-def _add_outer(total: Any, X: Any, Y: Any) -> None:
+def add_outer(total: Any, X: Any, Y: Any) -> None:
     """total[upper blocks] += Xᵀ Y in place, for a product that is symmetric; numpy arrays or torch tensors alike."""
     for start in range(0, total.shape[0], _BLOCK):
         total[start : start + _BLOCK, start:] += X[:, start : start + _BLOCK].T @ Y[:, start:]
 
 
-def _whole(total: Any) -> FloatArray:
+def whole(total: Any) -> FloatArray:
     """Return a matrix of which the upper blocks were summed as a symmetric numpy array; the memory is reused where possible."""
     matrix: FloatArray = to_numpy(total)
     for start in range(0, len(matrix), _BLOCK):
@@ -205,7 +205,7 @@ class GramSums(Sums):
         if total is None:
             n = X.shape[1]
             total = self._arrays[what, *key] = X.new_zeros((n, n)) if hasattr(X, "new_zeros") else np.zeros((n, n), np.float32)
-        _add_outer(total, X, Y)
+        add_outer(total, X, Y)
         self._accumulate(f"{what} tokens", key, np.array(len(X) if is_new else 0, np.int64))
 
     def add(self, name: str, matrix: int | None, X: Any) -> None:
@@ -279,7 +279,7 @@ class GramSums(Sums):
 
         def grams(what: str) -> Iterator[tuple[Key, Gram]]:
             for key, total in kept[what].items():
-                yield key, Gram(_whole(total), int(tokens[what][key]))
+                yield key, Gram(whole(total), int(tokens[what][key]))
 
         def firsts(what: str) -> dict[str, FirstToken]:
             return {key[0]: FirstToken(total.astype(np.float32), float(weights[what][key])) for key, total in kept[what].items()}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from loopgguf.accumulators import document_starts, split_holdout, to_numpy
 from loopgguf.architectures import input_group
 from loopgguf.compensate import column_parts
+from loopgguf.curvature import add_outer, whole
 from loopgguf.drift import Drift, Moments
 from loopgguf.hidden_states import HiddenStates, StateStorage
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, torch_settings
@@ -35,6 +36,7 @@ OnInput = Callable[[Sequence[str], Drift], None]
 
 N_CHUNKS = 48  # of the calibration text, evenly spread: more of them measured no better
 PHASE = "sequence"
+_BLOCK = 512  # rows of a product at a time: bounds its memory
 
 
 def pick_chunks(n_chunks: int, seed: int) -> tuple[list[int], list[int]]:
@@ -83,10 +85,8 @@ def run_sequence(
 
 
 class DriftSums:
-    """Sums up H̃ and C of one input over tokens, float32, in blocks of columns `parts`: what lies between two of them is left out.
-
-    Two square matrices per block; numpy arrays or torch tensors alike, which stay on their device.
-    """
+    """Sums up E[x̃ x̃ᵀ] and E[(x − x̃) x̃ᵀ] of one input over tokens, float32, in blocks of columns `parts`: what lies between two of
+    them is left out. Two square matrices per block; numpy arrays or torch tensors alike, which stay on their device."""
 
     def __init__(self, parts: Sequence[slice]) -> None:
         self.parts, self.n_tokens = parts, 0
@@ -94,20 +94,28 @@ class DriftSums:
 
     def add(self, X: Any, Y: Any) -> None:
         """Add the inputs X (n_tokens, n_in) that the model has, and those that the file so far has, Y."""
-        new = [(Y[:, part].T @ Y[:, part], (X[:, part] - Y[:, part]).T @ Y[:, part]) for part in self.parts]
-        if self._sums:
-            for (second, cross), (more_second, more_cross) in zip(self._sums, new, strict=True):
-                second += more_second
-                cross += more_cross
-        else:
-            self._sums = new
+        self._sums = self._sums or [(_zeros(Y, part), _zeros(Y, part)) for part in self.parts]
+        for part, (second, cross) in zip(self.parts, self._sums, strict=True):
+            add_outer(second, Y[:, part], Y[:, part])
+            _add_product(cross, X[:, part] - Y[:, part], Y[:, part])
         self.n_tokens += len(X)
 
     def take(self) -> tuple[Moments, ...]:
         """Return the means, by block, and forget the sums."""
         taken, self._sums = self._sums, []
-        sums = ((part, to_numpy(second / self.n_tokens), to_numpy(cross / self.n_tokens)) for part, (second, cross) in zip(self.parts, taken, strict=True))
-        return tuple(Moments(*each) for each in sums)
+        means = ((part, whole(second / self.n_tokens), to_numpy(cross / self.n_tokens)) for part, (second, cross) in zip(self.parts, taken, strict=True))
+        return tuple(Moments(*each) for each in means)
+
+
+def _zeros(X: Any, part: slice) -> Any:
+    n = X[:, part].shape[1]
+    return X.new_zeros((n, n)) if hasattr(X, "new_zeros") else np.zeros((n, n), np.float32)
+
+
+def _add_product(total: Any, X: Any, Y: Any) -> None:
+    """total += Xᵀ Y in place, some rows at a time."""
+    for start in range(0, len(total), _BLOCK):
+        total[start : start + _BLOCK] += X[:, start : start + _BLOCK].T @ Y
 
 
 class _Reached(Exception):
@@ -171,15 +179,19 @@ class _Sequence:
     def run(self) -> None:
         wanted = [self.wanted_inputs(layer) for layer in range(len(self.model.layers))]
         n_layers = max((layer + 1 for layer, inputs in enumerate(wanted) if inputs), default=0)
-        self.meter.n_steps = self.n_chunks * (n_layers + sum(map(len, wanted)))
+        self.meter.n_steps = self.n_chunks * (max(n_layers - 1, 0) + sum(map(len, wanted)))
         for layer in range(n_layers):
             for weights in wanted[layer]:
                 self.on_input(list(weights), self.measure(layer, list(weights.values())))
-            with self.weights_of(layer):
-                for c in range(self.n_chunks):
-                    for side in self.sides:
-                        side.advance(layer, c)
-                    self.meter.step()
+            if layer + 1 < n_layers:
+                self.advance(layer)
+
+    def advance(self, layer: int) -> None:
+        with self.weights_of(layer):
+            for c in range(self.n_chunks):
+                for side in self.sides:
+                    side.advance(layer, c)
+                self.meter.step()
 
     def wanted_inputs(self, layer: int) -> list[Mapping[str, str]]:
         """Return, for each input of a layer that is wanted, in the order they are run, the weights that read it and want it, with
