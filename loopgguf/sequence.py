@@ -10,6 +10,7 @@ Torch is imported by the functions that need it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
 TokenArray = NDArray[np.int32]
 OnInput = Callable[[Sequence[str], Drift], None]
 
-N_CHUNKS = 48  # of the calibration text, evenly spread: more of them measured no better
+TOKENS_PER_COLUMN = 16  # of the widest input, where the text has so many: what is gained grows with them, and so does the time
 PHASE = "sequence"
 _BLOCK = 512  # rows of a product at a time: bounds its memory
 
 
-def pick_chunks(n_chunks: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the chunks that a drift is measured on, for use and held out: evenly spread over those of
-    `accumulators.split_holdout`, `N_CHUNKS` together at most."""
+def pick_chunks(n_chunks: int, n_ctx: int, n_in: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of the chunks that drifts of inputs as wide as n_in are measured on, for use and held out: evenly spread
+    over those of `accumulators.split_holdout`, a tenth of them held out."""
+    n = math.ceil(TOKENS_PER_COLUMN * n_in / n_ctx)
     train, holdout = split_holdout(n_chunks, seed)
-    n_holdout = min(len(holdout), max(1, N_CHUNKS // 10))
-    return _spread(train, N_CHUNKS - n_holdout), _spread(holdout, n_holdout)
+    return _spread(train, n), _spread(holdout, math.ceil(n / 10))
 
 
 def _spread(numbers: NDArray[np.int64], n: int) -> list[int]:
@@ -73,14 +74,12 @@ def run_sequence(
     name; after `on_input` it has those it was told of. max_columns: as in `compensate.compensate`. documents: as in
     `layerwise.collect_from_checkpoint`, with the errors of which it raises.
     """
-    train, holdout = pick_chunks(len(chunks), seed)
-    numbers = [*train, *holdout]
     with torch_settings(n_threads, device), ExitStack() as stack:
+        models = [StreamedModel(folder, attention="sdpa", device=device, written=find) for find in (lambda _name: None, written)]
+        train, holdout = pick_chunks(*chunks.shape, max(models[0].sizes.n_ff, models[0].sizes.n_embd), seed)
+        numbers = [*train, *holdout]
         starts = [document_starts(None if documents is None else documents[c]) for c in numbers]
-        sides = [
-            stack.enter_context(_side(StreamedModel(folder, attention="sdpa", device=device, written=find), chunks[numbers], starts, max_memory_bytes // 2))
-            for find in (lambda _name: None, written)
-        ]
+        sides = [stack.enter_context(_side(model, chunks[numbers], starts, max_memory_bytes // 2)) for model in models]
         _Sequence(sides, len(train), wants, on_input, max_columns, Meter(progress, PHASE, len(numbers) * chunks.shape[1], 0)).run()
 
 
@@ -103,8 +102,8 @@ class DriftSums:
     def take(self) -> tuple[Moments, ...]:
         """Return the means, by block, and forget the sums."""
         taken, self._sums = self._sums, []
-        means = ((part, whole(second / self.n_tokens), to_numpy(cross / self.n_tokens)) for part, (second, cross) in zip(self.parts, taken, strict=True))
-        return tuple(Moments(*each) for each in means)
+        n = self.n_tokens
+        return tuple(Moments(part, whole(second / n), to_numpy(cross / n), n) for part, (second, cross) in zip(self.parts, taken, strict=True))
 
 
 def _zeros(X: Any, part: slice) -> Any:
