@@ -76,11 +76,12 @@ def run_sequence(
     """
     with torch_settings(n_threads, device), ExitStack() as stack:
         models = [StreamedModel(folder, attention="sdpa", device=device, written=find) for find in (lambda _name: None, written)]
-        train, holdout = pick_chunks(*chunks.shape, max(models[0].sizes.n_ff, models[0].sizes.n_embd), seed)
+        n_chunks, n_ctx = chunks.shape
+        train, holdout = pick_chunks(n_chunks, n_ctx, max(shape[-1] for shape in models[0].shapes(0).values()), seed)
         numbers = [*train, *holdout]
         starts = [document_starts(None if documents is None else documents[c]) for c in numbers]
         sides = [stack.enter_context(_side(model, chunks[numbers], starts, max_memory_bytes // 2)) for model in models]
-        _Sequence(sides, len(train), wants, on_input, max_columns, Meter(progress, PHASE, len(numbers) * chunks.shape[1], 0)).run()
+        _Sequence(sides, len(train), wants, on_input, max_columns, Meter(progress, PHASE, len(numbers) * n_ctx, 0)).run()
 
 
 class DriftSums:
