@@ -105,9 +105,9 @@ class DriftSums:
 
     def take(self) -> tuple[Moments, ...]:
         """Return the means, by block, and forget the sums."""
-        taken, self._sums = self._sums, []
-        sums = ((part, to_numpy(second / self.n_tokens), to_numpy(cross / self.n_tokens)) for part, (second, cross) in zip(self.parts, taken, strict=True))
-        return tuple(Moments(*each) for each in sums)
+        taken, n_tokens = self._sums, self.n_tokens
+        self._sums, self.n_tokens = [], 0
+        return tuple(Moments(part, *(to_numpy(total / n_tokens) for total in both)) for part, both in zip(self.parts, taken, strict=True))
 
 
 class _Reached(Exception):
