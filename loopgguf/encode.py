@@ -287,7 +287,7 @@ class _Encoding:
             writer.require(finished)
             shapes = gram_shapes({tensor.name: tensor.shape for tensor in self.source.tensors}, has_gradient=True)
             n_bytes = stored_bytes(shapes, has_gradient=True) - sum(path.stat().st_size for path in writer.folder.iterdir())
-            check_disk(work, n_bytes, "go without --compensate-sequence")
+            check_disk(work, n_bytes, "give --no-compensate-sequence")
             self.settings.announce(f"error feedback: at most {n_bytes:,} bytes of matrices in {work} until it is done")
             self.run_pass(lambda layer, feedback: writer(layer, feedback.train, feedback.holdout))
             for path in work.glob("*.f32"):  # hidden states

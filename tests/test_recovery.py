@@ -82,7 +82,7 @@ def test_steps_come_in_order_until_the_gate_is_passed(model: Path, request_: Qua
         n_columns.update(job.effort.max_columns for job in jobs if job.curvature is not None)
         return real(jobs, *arguments, **options)
 
-    monkeypatch.setattr("loopgguf.publish.execute", watched)
+    monkeypatch.setattr("loopgguf.encode.execute", watched)
     said: list[str] = []
     request = gated(request_, max_kld_nats=0.06)
     request = replace(request, rules=TypeRules(overrides=parse_overrides(["attn_q=Q4_0"])), compensate_columns=256)
