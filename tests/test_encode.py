@@ -371,9 +371,7 @@ def test_a_disk_without_room_for_the_matrices_is_refused_first(folder: Path, mad
     """Catches a pass of hours that ends on a full disk, an error that does not say how to go without, and leftovers."""
     steps: list[str] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, 700_000))  # type: ignore[attr-defined]
-    with pytest.raises(
-        OutputError, match=r"disk space for Gram matrices in .*: got 700,000 bytes free, .*or give --no-compensate-sequence"
-    ):
+    with pytest.raises(OutputError, match=r"disk space for Gram matrices in .*: got 700,000 bytes free, .*or give --no-compensate-sequence"):
         quantize(folder, Path("x.gguf"), request_, counting(steps))
     assert "calibrate" not in steps and left() == []
     quantize(folder, Path("x.gguf"), replace(request_, compensate_sequence=False), ONE)
