@@ -15,6 +15,7 @@ from loopgguf import intent, pipeline, publish, recovery
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
+from loopgguf.encode import Reuse
 from loopgguf.errors import Interrupted, OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, GgmlType
@@ -168,7 +169,7 @@ def test_thorough_feedback_takes_nothing_over(model: Path, request_: QuantizeReq
     """Catches a step of thorough feedback that takes over the bytes of a file with less of it, and so changes nothing."""
     source, tried = open_source(model), []
     resolved = resolve(source, replace(request_, compensate=Compensate.OFF), SETTINGS)
-    order = replace(resolved.order(request_), reuse=publish.Reuse({}, {}))
+    order = replace(resolved.order(request_), reuse=Reuse({}, {}))
     steps = SimpleNamespace(source=source, passes=False, fits=lambda _: True, attempt=lambda _, it: tried.append(it), steps=[SimpleNamespace(is_better=True)])
     further = recovery._Recovery._add_feedback(steps, order)  # type: ignore[arg-type]
     assert [(it.compensate, it.reuse) for it in tried] == [(Compensate.FULL, None)] and further is tried[0]
