@@ -195,6 +195,32 @@ def test_one_chunk_is_too_few(llama: Path):
         run(llama, TOKENS[:1])
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(llama: Path):
+    """Catches embeddings read from behind the matrix: where matrices lie beside an imatrix, no other pass has looked."""
+    tokens = TOKENS.copy()
+    tokens[1, 3] = N_VOCAB
+    with pytest.raises(InputError, match="token ids: got up to 300, expected less than vocab_size 300"):
+        run(llama, tokens)
+
+
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_inputs_that_are_not_finite_name_a_weight_that_sees_them(tmp_path: Path, is_in_file: bool):
+    """Catches a traceback of a factorization, out of a thread that encodes."""
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    file = File(tmp_path)
+    if is_in_file:
+        file.weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.inf
+        file.write(["blk.1.ffn_up.weight"], GgmlType.F32)
+    else:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"activations of blk\.1\.ffn_down\.weight: got a NaN or infinite input in column 0"):
+        run(tmp_path, written=file.tensors.get)
+
+
 # --- what it tells --------------------------------------------------------------------------------------------------------
 
 
