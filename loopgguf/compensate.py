@@ -339,11 +339,11 @@ def encode_guarded(
     plain_error = curvature.estimate(ggml.decode_rows(ggml_type, plain.packed) - W)
     if not plain_error > 0:  # exact already, or held-out tokens that say nothing
         return plain
-    target = _aim(W, curvature.drift, pins)
-    objective = curvature.objective
-    inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
-    ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
     try:
+        target = _aim(W, curvature.drift, pins)
+        objective = curvature.objective
+        inner = np.maximum(np.diag(objective), 1e-6 * np.diag(objective).mean()).astype(np.float32)
+        ways = {"columns and rows": damped(mixed(curvature.H_O), ROW_DAMPING)} if curvature.H_O is not None else {}
         damping = _best_damping(target, ggml_type, inner, curvature, effort)
         for way, H_O in {**ways, "columns": None}.items():
             packed, decoded = compensate(

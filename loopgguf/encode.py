@@ -91,7 +91,7 @@ class Order:
 @dataclass(frozen=True)
 class Basis:
     """What error feedback rests on: the matrices beside the imatrix, or else a pass over calibration text; and whether layers are
-    encoded in sequence, which runs some of that text too."""
+    encoded in sequence, where any of their weights may have feedback, which runs some of that text too."""
 
     stored: Feedback | None = None
     chunks: Chunks | None = None
@@ -102,7 +102,8 @@ def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
     """Return what an order's error feedback rests on; nothing where it has none."""
     if order.compensate is Compensate.OFF:
         return Basis()
-    stored, is_sequential = stored_feedback(order.imatrix), order.compensate_sequence and source.is_checkpoint
+    has_layers = any(row.uses_imatrix and order.wants_feedback(row.name) and tensor_role(row.name).layer is not None for row in order.plan.rows)
+    stored, is_sequential = stored_feedback(order.imatrix), order.compensate_sequence and source.is_checkpoint and has_layers
     needs_text = stored is None or is_sequential
     return Basis(stored, calibration_chunks(source, order.calibration, settings) if needs_text else None, is_sequential)
 
@@ -287,7 +288,7 @@ class _Encoding:
             writer.require(finished)
             shapes = gram_shapes({tensor.name: tensor.shape for tensor in self.source.tensors}, has_gradient=True)
             n_bytes = stored_bytes(shapes, has_gradient=True) - sum(path.stat().st_size for path in writer.folder.iterdir())
-            check_disk(work, n_bytes, "go without --compensate-sequence")
+            check_disk(work, n_bytes, "give --no-compensate-sequence")
             self.settings.announce(f"error feedback: at most {n_bytes:,} bytes of matrices in {work} until it is done")
             self.run_pass(lambda layer, feedback: writer(layer, feedback.train, feedback.holdout))
             for path in work.glob("*.f32"):  # hidden states

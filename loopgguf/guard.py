@@ -87,7 +87,8 @@ def guard_kinds(source: Source, resolved: Resolved, request: QuantizeRequest, re
     """
     spread = np.linspace(0, len(chunks.tokens) - 1, min(N_CHUNKS, len(chunks.tokens))).astype(int)
     order = resolved.order(request)
-    fingerprint = {**encoding_fields(source, order, find_basis(source, order, settings), settings), "selection text": tokens_sha256(chunks.tokens)}
+    basis = find_basis(source, order, settings)
+    fingerprint = {**encoding_fields(source, order, basis, settings), "selection text": tokens_sha256(chunks.tokens)}
     with open_stage(folder, GUARD, fingerprint, resume=settings.resume) as job:
         state, reuse = job.load(), None
         if state is None:
@@ -103,6 +104,8 @@ def guard_kinds(source: Source, resolved: Resolved, request: QuantizeRequest, re
             job.save(state)
         plain_kinds, said = state.facts["plain"], state.facts["notes"]
     assert isinstance(plain_kinds, list) and isinstance(said, list)
+    if basis.is_sequential and plain_kinds:  # what comes after those kinds is encoded for other inputs then, also where a run goes on
+        reuse = None
     return replace(resolved, plain_kinds=frozenset(plain_kinds), reuse=reuse, notes=(*resolved.notes, *said), selection=chunks)
 
 

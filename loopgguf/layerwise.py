@@ -107,10 +107,7 @@ class _Pass:
     ) -> None:
         self.model, self.chunks, self.documents, self.audience, self.storage = model, chunks, documents, audience, storage
         self.process_output = process_output and not model.is_tied
-        n_vocab = model.sizes.n_vocab
-        if not 0 <= int(chunks.min()) <= int(chunks.max()) < n_vocab:
-            raise InputError(f"token ids: got up to {int(chunks.max())}, expected less than vocab_size {n_vocab} of {model.checkpoint.folder / 'config.json'}")
-        model.refuse_shape("model.embed_tokens.weight")
+        model.refuse_tokens(chunks)
         self.numbers: Sequence[int] = range(len(chunks))  # of the chunks in the whole text
         self.meter = Meter(progress, PHASE, chunks.size, n_steps=0)  # how many, the kind of pass says
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loopgguf.accumulators import document_starts, split_holdout, to_numpy
+from loopgguf.accumulators import document_starts, refuse_non_finite, split_holdout, to_numpy
 from loopgguf.architectures import input_group
 from loopgguf.compensate import column_parts
 from loopgguf.curvature import add_outer, whole
@@ -102,8 +102,8 @@ class DriftSums:
 
     def take(self) -> tuple[Moments, ...]:
         """Return the means, by block, and forget the sums."""
-        taken, self._sums = self._sums, []
-        n = self.n_tokens
+        taken, n = self._sums, self.n_tokens
+        self._sums, self.n_tokens = [], 0
         return tuple(Moments(part, whole(second / n), to_numpy(cross / n), n) for part, (second, cross) in zip(self.parts, taken, strict=True))
 
 
@@ -131,6 +131,7 @@ class _Side:
 
     def __init__(self, model: StreamedModel, chunks: TokenArray, starts: Sequence[Sequence[int]], states: HiddenStates) -> None:
         self.model, self.starts, self.states, self.n_ctx = model, starts, states, chunks.shape[1]
+        model.refuse_tokens(chunks)
         for c, chunk in enumerate(chunks):
             states.write(c, model.embed(chunk))
 
@@ -182,7 +183,7 @@ class _Sequence:
         self.meter.n_steps = self.n_chunks * (max(n_layers - 1, 0) + sum(map(len, wanted)))
         for layer in range(n_layers):
             for weights in wanted[layer]:
-                self.on_input(list(weights), self.measure(layer, list(weights.values())))
+                self.on_input(list(weights), self.measure(layer, weights))
             if layer + 1 < n_layers:
                 self.advance(layer)
 
@@ -203,12 +204,13 @@ class _Sequence:
                 groups.setdefault(group, {})[name] = weight.hf.format(layer=layer).removeprefix(prefix).removesuffix(".weight")
         return list(groups.values())
 
-    def measure(self, layer: int, paths: Sequence[str]) -> Drift:
-        """Return the drift of the input of these modules."""
-        sums: list[DriftSums] = []
+    def measure(self, layer: int, weights: Mapping[str, str]) -> Drift:
+        """Return the drift of the input of these weights, given with their modules' paths."""
+        name, paths, sums = next(iter(weights)), list(weights.values()), list[DriftSums]()
         with self.weights_of(layer):
             for c in range(self.n_chunks):
                 X, Y = (side.input_of(layer, c, paths) for side in self.sides)
+                refuse_non_finite(name, to_numpy((X + Y).sum(0)))
                 if not sums:
                     parts = column_parts(X.shape[1], self.max_columns)
                     sums = [DriftSums(parts), DriftSums(parts)]

@@ -170,6 +170,13 @@ class StreamedModel:
         if stored is not None and stored.shape != expected:
             raise InputError(f"shape of {name} in {stored.path}: got {stored.shape}, expected {expected} as config.json says. Download the checkpoint again")
 
+    def refuse_tokens(self, chunks: TokenArray) -> None:
+        """Raise InputError for token ids that the embeddings do not have."""
+        n_vocab = self.sizes.n_vocab
+        if not 0 <= int(chunks.min()) <= int(chunks.max()) < n_vocab:
+            raise InputError(f"token ids: got up to {int(chunks.max())}, expected less than vocab_size {n_vocab} of {self.checkpoint.folder / 'config.json'}")
+        self.refuse_shape("model.embed_tokens.weight")
+
     def source_rows(self, name: str) -> NDArray[np.intp] | None:
         """Return which rows of the checkpoint's weight are the GGUF's rows; None: the same ones."""
         if name not in self._permuted:

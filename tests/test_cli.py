@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from loopgguf import cli
 from loopgguf.calibration import default_text
 from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
+from loopgguf.errors import UsageError
+from loopgguf.intent import QuantizeRequest
 from loopgguf.statistics import Columns, Statistics, load_imatrix, save_imatrix
 
 DEFAULT_CALIBRATION, DEFAULT_HELDOUT = str(default_text("calibration")), str(default_text("heldout"))
@@ -365,6 +368,20 @@ def test_output_that_is_the_input(run: Run, demo_gguf: Path, tmp_path: Path, lin
 def test_contradicting_or_unknown_requests(run: Run, demo_gguf: Path, arguments: list[str], words: list[str]) -> None:
     """A request that is half obeyed, in silence."""
     refused(run("quantize", demo_gguf, *arguments), 2, *words)
+
+
+def test_the_sequence_is_the_rule_and_can_be_left_out(run: Run, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that changes nothing."""
+    seen: list[bool] = []
+
+    def quantize(_model: Path, _output: Path | None, request: QuantizeRequest, _settings: object) -> NoReturn:
+        seen.append(request.compensate_sequence)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("loopgguf.workflow.quantize", quantize)
+    for options in ([], ["--no-compensate-sequence"], ["--compensate-sequence"]):
+        refused(run("quantize", demo_gguf, "--compensate", "fast", *options), 2, "enough")
+    assert seen == [True, False, True]
 
 
 def test_a_gpu_that_is_not_there(run: Run, demo_model: Path, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from loopgguf.compensate import (
     row_blocks,
     weighted_error,
 )
+from loopgguf.drift import Drift, Moments
 from loopgguf.formats import GgmlType
 from loopgguf.super_weights import Pin, encode_rows, restore_missed_rows
 
@@ -296,6 +297,93 @@ def test_a_row_that_lost_its_super_weight_takes_the_plain_bytes() -> None:
     assert np.array_equal(packed[::4], plain[::4]) and not np.array_equal(before[::4], plain[::4])
     others = np.arange(ROW_BLOCK) % 4 != 0
     assert np.array_equal(packed[others], before[others])
+
+
+# --- aiming -----------------------------------------------------------------------------------------------------------
+
+
+def _drift(n: int, seed: int) -> Drift:
+    """A drift that asks for weights of which each is some of all others, and on held-out tokens for the same."""
+    H, generator = _covariance(n, seed, 2 * n).astype(np.float32), np.random.default_rng(seed + 1)
+    cross = (generator.normal(size=(n, n)) * 0.5 / np.sqrt(n)).astype(np.float32) @ H
+    moments = (Moments(slice(0, n), H, cross),)
+    return Drift(moments, moments)
+
+
+@pytest.mark.parametrize("ggml_type", [GgmlType.Q4_0, GgmlType.Q3_K])
+@pytest.mark.parametrize("effort", [FAST, replace(FULL, dampings=FULL.dampings[:2])], ids=["fast", "full"])
+def test_feedback_aims_where_the_drift_asks_it_to(ggml_type: GgmlType, effort: Effort) -> None:
+    """A drift that no encoder hears of, errors measured from the model's weights, and a log that does not say what was done."""
+    W = np.random.default_rng(40).normal(size=(ROW_BLOCK, 256)).astype(np.float32)
+    H, H_O, before = _covariance(256, 41, 400).astype(np.float32), _covariance(ROW_BLOCK, 42, 90).astype(np.float32), W.copy()
+    curvature, drift, importance = LossCurvature(H, H, H_O, H_O), _drift(256, 43), np.ones(256, np.float32)
+    target = drift.aim(W)
+    aimed, plain_aim, expected = (
+        encode_guarded(weights, ggml_type, importance, known, effort)
+        for weights, known in ((W, replace(curvature, drift=drift)), (W, curvature), (target, curvature))
+    )
+    assert (aimed.is_aimed, plain_aim.is_aimed, expected.is_aimed) == (True, False, False)
+    assert aimed.way == "columns and rows" and np.array_equal(aimed.packed, expected.packed) and np.array_equal(W, before)
+    errors = [curvature.estimate(ggml.decode_rows(ggml_type, encoding.packed) - target) for encoding in (aimed, plain_aim)]
+    assert errors[0] < 0.5 * errors[1]
+    plain = curvature.estimate(ggml.decode_rows(ggml_type, encode_rows(ggml_type, W, importance, {})) - target)
+    assert aimed.held_out_ratio == pytest.approx(errors[0] / plain)
+
+
+def test_the_plain_encoding_is_of_the_models_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were moved for a drift under bytes that are said to be the plain encoder's; an aim that is none of the log's."""
+    W = np.random.default_rng(44).normal(size=(4, 256)).astype(np.float32)
+    H, ones = _covariance(256, 45, 300), np.ones(256, np.float32)
+
+    def fail(*_: object, **__: object) -> None:
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(compensate_module, "compensate", fail)
+    encoding = encode_guarded(W, GgmlType.Q4_0, ones, LossCurvature(H, H, drift=_drift(256, 46)))
+    assert np.array_equal(encoding.packed, ggml.encode_rows(GgmlType.Q4_0, W, ones)) and not encoding.is_aimed
+
+
+def test_a_drift_that_asks_for_nothing_changes_nothing() -> None:
+    """A copy of the weights, or a log that says that they make up for something."""
+    W = np.random.default_rng(47).normal(size=(8, 256)).astype(np.float32)
+    H, ones, drift = _covariance(256, 48, 300), np.ones(256, np.float32), _drift(256, 49)
+    opposite = Drift(drift.train, [replace(moments, cross=-moments.cross) for moments in drift.holdout])
+    with_drift, without = (encode_guarded(W, GgmlType.Q4_0, ones, LossCurvature(H, H, drift=known)) for known in (opposite, None))
+    assert np.array_equal(with_drift.packed, without.packed) and not with_drift.is_aimed
+
+
+def test_a_drift_that_cannot_be_inverted_leaves_the_plain_bytes_and_says_so() -> None:
+    """A traceback in the middle of a model, for a few channels that hold nearly all of a float32 matrix."""
+    W = np.random.default_rng(50).normal(size=(4, 256)).astype(np.float32)
+    H, ones = _covariance(256, 51, 300), np.ones(256, np.float32)
+    second = np.eye(256, dtype=np.float32)
+    second[3, 3] = -100
+    moments = (Moments(slice(0, 256), second, np.eye(256, dtype=np.float32)),)
+    encoding = encode_guarded(W, GgmlType.Q4_0, ones, LossCurvature(H, H, drift=Drift(moments, moments)))
+    assert np.array_equal(encoding.packed, ggml.encode_rows(GgmlType.Q4_0, W, ones))
+    assert encoding.way == "plain (feedback failed)" and not encoding.is_aimed
+
+
+@pytest.mark.parametrize("max_columns", [None, 256])
+def test_pinned_weights_stay_where_all_others_are_moved(max_columns: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A super weight that is moved for the drift and then kept at another value, or one of the mask; rows and columns mixed up."""
+    W = np.random.default_rng(52).normal(size=(2 * ROW_BLOCK, 512)).astype(np.float32)
+    row, column, masked, mask = ROW_BLOCK + 5, 300, 3, (7, 480)
+    W[row, column] = 3.0
+    pins, drift, before = {row: Pin((column,)), masked: Pin((), mask)}, _drift(512, 53), W.copy()
+    H, H_O, importance = _covariance(512, 54, 600), _covariance(len(W), 55, 150), np.ones(512, np.float32)
+    target = drift.aim(W)
+    assert abs(target[row, column] / W[row, column] - 1) > 0.02  # else nothing is shown here
+    aims: list[np.ndarray] = []
+    real = compensate_module.compensate
+    monkeypatch.setattr(compensate_module, "compensate", lambda aim, *rest, **how: (aims.append(aim), real(aim, *rest, **how))[1])
+    curvature, effort = LossCurvature(H, H, H_O, H_O, drift=drift), replace(FAST, max_columns=max_columns)
+    encoding = encode_guarded(W, GgmlType.Q4_K, importance, curvature, effort, pins)
+    decoded = ggml.decode_rows(GgmlType.Q4_K, encoding.packed)
+    assert encoding.is_aimed and abs(decoded[row, column] / W[row, column] - 1) <= 0.01 and np.array_equal(W, before)
+    for aim in aims:
+        assert np.argwhere(aim != target).tolist() == [[masked, mask[0]], [masked, mask[1]], [row, column]]
+        assert aim[row, column] == W[row, column] and (aim[masked, mask] == W[masked, mask]).all()
 
 
 @settings(max_examples=30, deadline=None)

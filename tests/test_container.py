@@ -726,6 +726,27 @@ def test_threads_write_side_by_side(tmp_path: Path) -> None:
     assert np.array_equal(np.fromfile(tmp_path / "a", np.uint16), np.repeat(np.arange(n_chunks, dtype=np.uint16), chunk // 2))
 
 
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_rows_are_read_back_before_they_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Catches rows of another tensor or place, more or fewer of them, and pieces in which a row is cut."""
+    monkeypatch.setattr(container, "_PIECE_BYTES", piece)
+    wanted = [("a", GgmlType.F32, (3, 5)), ("b", GgmlType.Q4_0, (2, 4, 64)), ("c", GgmlType.F16, (6,))]
+    layout = plan_layout({}, wanted)
+    rows = {
+        name: np.random.default_rng(i).integers(0, 256, (int(np.prod(shape[:-1])), row_bytes(t, shape[-1])), np.uint8)
+        for i, (name, t, shape) in enumerate(wanted)
+    }
+    with PartFile(tmp_path / "a.gguf", layout.total_bytes) as part:
+        for info in layout.tensors:
+            part.write_at(info.offset, rows[info.name].tobytes())
+        for info in layout.tensors:
+            n = len(rows[info.name])
+            for start, stop in ((0, n), (n - 1, n), (n // 2, n), (1, 1)):
+                read = part.read_rows(info, start, stop)
+                assert read.dtype == np.uint8 and read.flags.c_contiguous and np.array_equal(read, rows[info.name][start:stop])
+        assert b"".join(part.read_at(layout.total_bytes - 3, 9)) == bytes(part.path.read_bytes()[-3:])
+
+
 def test_the_size_is_the_planned_one_without_preallocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a file without its last padding where the system cannot preallocate (macOS): other bytes than on Linux."""
     monkeypatch.delattr(os, "posix_fallocate")

@@ -151,6 +151,39 @@ def test_existing_shards_are_kept_or_replaced_as_a_whole(tmp_path: Path):
     same(load_grams(imatrix).train, grams(3))
 
 
+def test_what_was_written_is_read_back_without_names(tmp_path: Path):
+    """Catches matrices that are taken for all before those of no layer have come, half a shard that is read, and other values or
+    another split than `load_grams` gives."""
+    writer = GramWriter(tmp_path / "shards", HEADER)
+    assert not writer.is_complete
+    writer(1, GramSet(outputs={"blk.1.attn_q.weight": Gram(symmetric(3), 9)}), GramSet())
+    writer(0, grams(1, experts=True), grams(2))
+    writer(0, grams(1, experts=True), grams(2))
+    assert not writer.is_complete
+    writer(None, GramSet(outputs={"token_embd.weight": Gram(symmetric(5), 9)}), GramSet())
+    (tmp_path / "shards" / "layer-00002.part").write_bytes(b"half")
+    again = GramWriter(tmp_path / "shards", HEADER)
+    assert writer.is_complete and again.is_complete
+    for read in (writer.written(), again.written()):
+        assert (read.holdout_chunks, read.seed, read.label_seed, read.fingerprint) == ((1, 7), 3, 11, "f" * 64)
+        expected = grams(1, experts=True)
+        others = {"token_embd.weight": Gram(symmetric(5), 9), "blk.1.attn_q.weight": Gram(symmetric(3), 9)}
+        same(read.train, GramSet(**{**vars(expected), "outputs": {**expected.outputs, **others}}))
+        same(read.holdout, grams(2))
+    writer.publish(tmp_path / "x.imatrix.gguf")
+    same(load_grams(tmp_path / "x.imatrix.gguf").train, writer.written().train)
+
+
+def test_a_damaged_shard_is_not_read_back(tmp_path: Path):
+    """Catches a layer without feedback, or a traceback, because a job that goes on finds half of what it wrote."""
+    writer = GramWriter(tmp_path / "shards", HEADER)
+    writer(0, grams(1), grams(2))
+    shard = tmp_path / "shards" / "layer-00000"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(InputError, match="layer-00000"):
+        writer.written()
+
+
 @pytest.mark.parametrize("can_link", [True, False])
 def test_shards_are_published_again_by_a_job_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool):
     """Catches shards that are gone from the job's folder when only some of them had got their names; and another disk."""

@@ -417,7 +417,8 @@ def test_error_feedback_goes_on(demo_model: Path, encoded: list[str], monkeypatc
 
     memory: with little of it the gradient pass goes block by block and is gone on with too.
     """
-    request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
+    text = ImatrixRequest(n_samples=12, ctx_size=256)
+    request = QuantizeRequest(quant_type="Q4_0", calibration=text, compensate=Compensate.FAST, compensate_sequence=False)
     one = Settings(n_threads=1, max_memory_bytes=memory)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     steps: list[int] = []
@@ -454,7 +455,8 @@ def test_error_feedback_from_a_gguf_goes_on(demo_gguf: Path, monkeypatch: pytest
 
 def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tensor that silently gets the plain encoder's bytes, for the pass has gone beyond its layer."""
-    request = QuantizeRequest(quant_type="Q4_0", calibration=ImatrixRequest(n_samples=12, ctx_size=256), compensate=Compensate.FAST)
+    text = ImatrixRequest(n_samples=12, ctx_size=256)
+    request = QuantizeRequest(quant_type="Q4_0", calibration=text, compensate=Compensate.FAST, compensate_sequence=False)
     one = Settings(n_threads=1, max_memory_bytes=LITTLE)
     whole = quantize(demo_model, Path("whole.gguf"), request, one).paths[0].read_bytes()
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -471,7 +473,8 @@ def test_a_damaged_tensor_of_a_finished_layer_brings_its_matrices_back(demo_mode
 def test_columns_fed_back_together_reach_the_encoder_and_belong_to_the_job(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an option that changes nothing, or rows narrower than it says, and tensors of two widths in one file."""
     text = ImatrixRequest(n_samples=32, ctx_size=256, gram=True, gradient=True)  # of less, ffn_down has too few tokens a column
-    request = QuantizeRequest(quant_type="Q4_0", imatrix=compute_imatrix(demo_model, Path("demo.imatrix.gguf"), text).path, compensate=Compensate.FAST)
+    made = compute_imatrix(demo_model, Path("demo.imatrix.gguf"), text).path
+    request = QuantizeRequest(quant_type="Q4_0", imatrix=made, compensate=Compensate.FAST, compensate_sequence=False)
     narrow, one = replace(request, compensate_columns=512), Settings(n_threads=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_at(patch, 4, raising(Killed()))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-N_PHASES = 8
+N_PHASES = 9
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")

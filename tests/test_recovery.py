@@ -15,6 +15,7 @@ from loopgguf import intent, pipeline, publish, recovery
 from loopgguf.calibration import Chunks
 from loopgguf.checkpoint import Job
 from loopgguf.container import read_gguf
+from loopgguf.encode import Reuse
 from loopgguf.errors import Interrupted, OutputError, QualityError, UsageError
 from loopgguf.feedback import Compensate
 from loopgguf.formats import FLOAT_TYPES, GgmlType
@@ -82,7 +83,7 @@ def test_steps_come_in_order_until_the_gate_is_passed(model: Path, request_: Qua
         n_columns.update(job.effort.max_columns for job in jobs if job.curvature is not None)
         return real(jobs, *arguments, **options)
 
-    monkeypatch.setattr("loopgguf.publish.execute", watched)
+    monkeypatch.setattr("loopgguf.encode.execute", watched)
     said: list[str] = []
     request = gated(request_, max_kld_nats=0.06)
     request = replace(request, rules=TypeRules(overrides=parse_overrides(["attn_q=Q4_0"])), compensate_columns=256)
@@ -168,7 +169,7 @@ def test_thorough_feedback_takes_nothing_over(model: Path, request_: QuantizeReq
     """Catches a step of thorough feedback that takes over the bytes of a file with less of it, and so changes nothing."""
     source, tried = open_source(model), []
     resolved = resolve(source, replace(request_, compensate=Compensate.OFF), SETTINGS)
-    order = replace(resolved.order(request_), reuse=publish.Reuse({}, {}))
+    order = replace(resolved.order(request_), reuse=Reuse({}, {}))
     steps = SimpleNamespace(source=source, passes=False, fits=lambda _: True, attempt=lambda _, it: tried.append(it), steps=[SimpleNamespace(is_better=True)])
     further = recovery._Recovery._add_feedback(steps, order)  # type: ignore[arg-type]
     assert [(it.compensate, it.reuse) for it in tried] == [(Compensate.FULL, None)] and further is tried[0]

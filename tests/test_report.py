@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ import pytest
 from rich.console import Console
 
 from loopgguf.accumulators import Columns
+from loopgguf.compensate import Damping
 from loopgguf.errors import InputError
+from loopgguf.pipeline import FeedbackLog
 from loopgguf.report import (
     bar,
     compare_imatrices,
     comparison_json,
     comparison_lines,
     comparison_table,
+    feedback_line,
     imatrix_json,
     imatrix_report,
     importance_chart,
@@ -96,3 +100,11 @@ def test_an_inspection_is_json(tmp_path: Path, demo_gguf: Path):
     model = json.loads(json.dumps(inspection_json(inspect_file(demo_gguf))))
     assert model["n_bytes"] == demo_gguf.stat().st_size
     assert {"name": "output_norm.weight", "type": "F32", "shape": [256], "n_bytes": 1024, "file": demo_gguf.name} in model["tensors"]
+
+
+def test_feedback_is_told_in_a_line() -> None:
+    """Catches ways that are counted wrongly, and weights that make up for a drift said of a file without any."""
+    logs = [FeedbackLog("columns", 0.25, Damping(0.1)), FeedbackLog("columns", 0.75, Damping(0.1)), FeedbackLog("plain", 1.0, None)]
+    line = "error feedback: columns 2, plain 1 of 3 matrices; estimated error on held-out tokens 0.667 × the plain encoder's"
+    assert feedback_line(logs) == line
+    assert feedback_line([replace(logs[0], is_aimed=True), *logs[1:]]) == f"{line}; 1 make up for the drift of their inputs"

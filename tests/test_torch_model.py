@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loopgguf import ggml
 from loopgguf.accumulators import Columns, ColumnSums
 from loopgguf.architectures import rope_source_rows
 from loopgguf.errors import InputError, UsageError
+from loopgguf.formats import GgmlType
 from loopgguf.layerwise import collect_from_checkpoint
 from loopgguf.loss import PassResult
-from loopgguf.torch_model import WeightEdit
+from loopgguf.source import Tensor, open_source
+from loopgguf.torch_model import StreamedModel, WeightEdit
 
 THREADS = 1
 
@@ -116,6 +119,49 @@ def test_an_edit_changes_one_weight_in_the_ggufs_order(demo_model: Path, chunks:
     differs = np.abs(plain.seen["blk.0.attn_q.weight"][0] - edited.seen["blk.0.attn_q.weight"][0]).max(axis=0) > 1e-3
     assert np.flatnonzero(differs).tolist() == [row]
     assert np.abs(plain.seen["blk.0.attn_k.weight"][0] - edited.seen["blk.0.attn_k.weight"][0]).max() < 1e-6
+
+
+def state_of(model: StreamedModel, layer: int) -> dict[str, np.ndarray]:
+    with model.block([layer]):
+        return {name: values.numpy().copy() for name, values in model.layers[layer].state_dict().items()}
+
+
+def test_weights_of_a_file_stand_in_for_the_checkpoints(demo_model: Path, chunks: np.ndarray):
+    """Catches weights in the GGUF's row order, of another layer, or of the file as it was when it was asked first; embeddings of
+    other tokens; and a file that changes what it does not have."""
+    source = {tensor.name: tensor for tensor in open_source(demo_model).tensors}
+    has: dict[str, Tensor] = {}
+
+    def write(name: str, ggml_type: GgmlType) -> np.ndarray:
+        """Let the file have a tensor, and return its rows, (n_rows, n_in)."""
+        tensor = source[name]
+        packed = ggml.encode_rows(ggml_type, ggml.decode_rows(tensor.type, tensor.read_rows(0, tensor.n_rows)))
+        has[name] = Tensor(name, tensor.shape, ggml_type, lambda start, stop: packed[start:stop])
+        return ggml.decode_rows(ggml_type, packed)
+
+    asked: list[str] = []
+    plain, model = (
+        StreamedModel(demo_model, attention="sdpa", device="cpu", written=find)
+        for find in (lambda _name: None, lambda name: (asked.append(name), has.get(name))[1])
+    )
+    before = state_of(plain, 1)
+    assert all(np.array_equal(values, before[name]) for name, values in state_of(model, 1).items())
+    assert np.array_equal(model.embed(chunks[0]), plain.embed(chunks[0]))
+    expected = dict(before)
+    for kind, path, n_head in (("attn_q", "self_attn.q_proj", 4), ("attn_k", "self_attn.k_proj", 2), ("attn_v", "self_attn.v_proj", 0)):
+        rows = write(f"blk.1.{kind}.weight", GgmlType.Q4_0)
+        pairs = rows.reshape(n_head, 32, 2, -1).swapaxes(1, 2) if n_head else rows  # llama.cpp rotates neighbours, Hugging Face halves
+        expected[f"{path}.weight"] = pairs.reshape(rows.shape)
+    expected["input_layernorm.weight"] = write("blk.1.attn_norm.weight", GgmlType.F32)[0]
+    embeddings = write("token_embd.weight", GgmlType.Q8_0)
+    got = state_of(model, 1)
+    assert all(np.array_equal(got[name], values) for name, values in expected.items()) and set(got) == set(expected)
+    assert all(np.abs(got[f"self_attn.{name}_proj.weight"] - before[f"self_attn.{name}_proj.weight"]).max() > 1e-4 for name in "qkv")
+    assert np.array_equal(model.embed(chunks[0]), embeddings[chunks[0]]) and not np.array_equal(model.embed(chunks[0]), plain.embed(chunks[0]))
+    assert all(np.array_equal(values, state_of(plain, 0)[name]) for name, values in state_of(model, 0).items())
+    has.clear()
+    assert all(np.array_equal(values, before[name]) for name, values in state_of(model, 1).items())
+    assert {"blk.0.ffn_down.weight", "blk.1.ffn_norm.weight", "token_embd.weight"} <= set(asked)
 
 
 def test_an_unknown_device(demo_model: Path, chunks: np.ndarray):

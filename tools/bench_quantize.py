@@ -63,10 +63,10 @@ def run_loopgguf(run: Run) -> Seconds:
     `start-up` is all from the launch of the process to the first slab, publishing included; `read` is a part of
     `encode and write`, measured afterwards by reading every row once more and doing nothing with it.
     """
-    from loopgguf import publish, workflow
+    from loopgguf import encode, workflow
 
     processor = [0.0]
-    execute = publish.execute
+    execute = encode.execute
 
     def clocked(*args: Any, **options: Any) -> Any:
         start = time.process_time()
@@ -74,7 +74,7 @@ def run_loopgguf(run: Run) -> Seconds:
         processor[0] += time.process_time() - start
         return logs
 
-    publish.execute = clocked
+    encode.execute = clocked
     request = workflow.QuantizeRequest(quant_type=run.preset, imatrix=Path(run.imatrix))
     result = workflow.quantize(Path(run.model), Path(run.output), request, workflow.Settings(n_threads=run.n_threads))
     seconds = dict(result.seconds)

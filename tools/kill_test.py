@@ -31,14 +31,14 @@ from typing import Any
 from synthetic_model import make_checkpoint
 from transformers import LlamaForCausalLM
 
-from loopgguf import cli, errortable, importance, intent, journal, pipeline, planner, publish, verify
+from loopgguf import cli, encode, errortable, importance, intent, journal, pipeline, planner, publish, verify
 from loopgguf.errortable import Sampling
 from loopgguf.formats import GgmlType
 from loopgguf.grams import GramWriter
 from loopgguf.journal import Journal
 from loopgguf.progress import Meter
 
-PHASES = ("calibration", "Gram", "error table", "encoding", "writing", "job state", "verify", "publish")
+PHASES = ("calibration", "Gram", "error table", "sequence", "encoding", "writing", "job state", "verify", "publish")
 RANDOM = "at random"
 MODEL_BYTES, VOCAB = 4_500_000, 2000
 QUICK_TYPES = (GgmlType.Q4_0, GgmlType.Q5_0, GgmlType.Q8_0)  # to choose from; others take seconds to build their tables
@@ -102,7 +102,8 @@ class Points:
         planner.DEFAULT_TYPES = QUICK_TYPES
         self.around(Meter, "step", lambda: self.stage or "calibration")
         self.around(importance, "_run_grams", "Gram", stage="Gram")
-        self.around(publish, "run_feedback", "Gram", stage="Gram")
+        self.around(encode, "run_feedback", "Gram", stage="Gram")
+        self.around(encode, "run_sequence", "sequence", stage="sequence")
         self.around(GramWriter, "__call__", "Gram")
         self.around(errortable, "_save", "error table")
         self.around(pipeline, "_run", "encoding")
