@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopgguf import drift as drift_module
-from loopgguf.drift import Drift, Moments
+from loopgguf.drift import MIN_TOKENS_PER_COLUMN, Drift, Moments
 
 N_OUT, N_IN, N_TOKENS = 9, 12, 200
 ALL = slice(0, N_IN)
@@ -24,7 +26,7 @@ def tokens(seed: int, drifted: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
 
 def moments(X: np.ndarray, Y: np.ndarray, columns: slice = ALL) -> Moments:
     X, Y = X[:, columns], Y[:, columns]
-    return Moments(columns, (Y.T @ Y / len(Y)).astype(np.float32), ((X - Y).T @ Y / len(Y)).astype(np.float32))
+    return Moments(columns, (Y.T @ Y / len(Y)).astype(np.float32), ((X - Y).T @ Y / len(Y)).astype(np.float32), len(Y))
 
 
 def weights(n_out: int = N_OUT, seed: int = 1) -> np.ndarray:
@@ -49,7 +51,7 @@ def test_a_part_of_the_way_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     second, cross = np.diag(np.array([4.0, 2.0], np.float32)), np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
     monkeypatch.setattr(drift_module, "STEP", 0.5)
     monkeypatch.setattr(drift_module, "DAMPING", 1 / 3)
-    known = (Moments(slice(0, 2), second, cross),)
+    known = (Moments(slice(0, 2), second, cross, 16),)
     assert np.allclose(Drift(known, known).aim(np.array([[10.0, 6.0]], np.float32)), [[11.0, 7.0]])
 
 
@@ -65,9 +67,18 @@ def test_a_holdout_that_says_the_opposite_leaves_the_weights() -> None:
     """Catches noise of few tokens that is taken for a drift, and a verdict by the tokens that the step is from."""
     W, (X, Y) = weights(), tokens(4)
     train = moments(X, Y)
-    opposite = Moments(ALL, train.second, -train.cross)
+    opposite = Moments(ALL, train.second, -train.cross, train.n_tokens)
     assert Drift((train,), (train,)).aim(W) is not W
     assert Drift((train,), (opposite,)).aim(W) is W
+
+
+def test_few_tokens_leave_the_weights() -> None:
+    """Catches a drift that is noise, which held-out tokens do not see."""
+    W, (X, Y) = weights(), tokens(4)
+    enough = moments(X, Y)
+    few = replace(enough, n_tokens=MIN_TOKENS_PER_COLUMN * N_IN - 1)
+    assert Drift((replace(few, n_tokens=few.n_tokens + 1),), (few,)).aim(W) is not W
+    assert Drift((few,), (enough,)).aim(W) is W
 
 
 @pytest.mark.parametrize("accepted", [0, 1])
@@ -76,10 +87,10 @@ def test_blocks_of_columns_are_moved_or_left_one_by_one(accepted: int) -> None:
     W, (X, Y) = weights(), tokens(5)
     before, parts = W.copy(), (slice(0, 8), slice(8, N_IN))
     train = [moments(X, Y, part) for part in parts]
-    holdout = [m if i == accepted else Moments(m.columns, m.second, -m.cross) for i, m in enumerate(train)]
+    holdout = [m if i == accepted else Moments(m.columns, m.second, -m.cross, m.n_tokens) for i, m in enumerate(train)]
     aimed = Drift(train, holdout).aim(W)
     own = np.ascontiguousarray(W[:, parts[accepted]])
-    alone = Moments(slice(0, own.shape[1]), train[accepted].second, train[accepted].cross)
+    alone = Moments(slice(0, own.shape[1]), train[accepted].second, train[accepted].cross, train[accepted].n_tokens)
     assert np.array_equal(W, before)
     assert np.array_equal(aimed[:, parts[1 - accepted]], W[:, parts[1 - accepted]])
     assert np.array_equal(aimed[:, parts[accepted]], Drift((alone,), (alone,)).aim(own)) and not np.array_equal(aimed, W)
@@ -89,7 +100,7 @@ def test_both_blocks_together() -> None:
     """Catches a second block that starts from the model's weights again and loses the first one's step."""
     W, (X, Y) = weights(), tokens(6)
     known = [moments(X, Y, part) for part in (slice(0, 8), slice(8, N_IN))]
-    opposite = [Moments(m.columns, m.second, -m.cross) for m in known]
+    opposite = [Moments(m.columns, m.second, -m.cross, m.n_tokens) for m in known]
     aimed, first, second = (Drift(known, holdout).aim(W) for holdout in (known, [known[0], opposite[1]], [opposite[0], known[1]]))
     assert np.array_equal(aimed, np.hstack([first[:, :8], second[:, 8:]]))
 
