@@ -226,11 +226,16 @@ def test_matrices_made_before_save_the_gradient_pass(folder: Path, made: Path, r
 
 @pytest.mark.parametrize("what", ["a pass", "matrices", "no imatrix"])
 def test_without_the_sequence_nothing_of_it_runs(folder: Path, made: Path, request_: QuantizeRequest, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """Catches a second pass over the text, or room for all matrices, that was opted out of, or that no layer's weights have any use of."""
+    """Catches a second pass over the text, or room for all matrices, that was opted out of, or that no layer's weights have any use of;
+    and a text that must be there though nothing of it is run."""
     monkeypatch.setattr(encode_module, "run_sequence", lambda *_, **__: pytest.fail("ran"))
     said: list[str] = []
     without = replace(request_, compensate_sequence=False)
-    ways = {"a pass": without, "matrices": replace(without, imatrix=made), "no imatrix": replace(request_, imatrix=None, use_imatrix=False)}
+    ways = {
+        "a pass": without,
+        "matrices": replace(without, imatrix=made, calibration=ImatrixRequest((Path("no.txt"),))),
+        "no imatrix": replace(request_, imatrix=None, use_imatrix=False),
+    }
     result = quantize(folder, Path("x.gguf"), ways[what], replace(ONE, announce=said.append))
     assert sum(bool(log.feedback) for log in result.logs.values()) == (2 if what == "no imatrix" else N_FED + 2)
     assert not any("matrices in" in line or "each layer" in line for line in said)
