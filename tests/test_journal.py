@@ -37,7 +37,7 @@ from loopgguf.super_weights import MaskLog
 from loopgguf.workflow import check_again, compute_imatrix, quantize
 
 REQUEST = QuantizeRequest(quant_type="Q8_0", use_imatrix=False)
-FEEDBACK = (FeedbackLog("columns", 1 / 3, Damping(0.3)), FeedbackLog("plain", 1.0, None))
+FEEDBACK = (FeedbackLog("columns", 1 / 3, Damping(0.3), is_aimed=True), FeedbackLog("plain", 1.0, None))
 LOG = TensorLog(SampledError(3, 9, 0.1 + 0.2), 7, FEEDBACK, MaskLog(3, 2, 1, 0.1, 0.2, 0.3))
 
 
