@@ -101,10 +101,13 @@ class DriftSums:
         self.n_tokens += len(X)
 
     def take(self) -> tuple[Moments, ...]:
-        """Return the means, by block, and forget the sums."""
+        """Return the means, by block, which take the memory of the sums, and forget those."""
         taken, n = self._sums, self.n_tokens
         self._sums, self.n_tokens = [], 0
-        return tuple(Moments(part, whole(second / n), to_numpy(cross / n), n) for part, (second, cross) in zip(self.parts, taken, strict=True))
+        for second, cross in taken:
+            second /= n
+            cross /= n
+        return tuple(Moments(part, whole(second), to_numpy(cross), n) for part, (second, cross) in zip(self.parts, taken, strict=True))
 
 
 def _zeros(X: Any, part: slice) -> Any:
