@@ -599,13 +599,15 @@ def quantize(
         ),
     ] = None,
     compensate_sequence: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--compensate-sequence/--no-compensate-sequence",
-            help="Error feedback goes input by input, each encoded for what the layers before it have become: lower KLD, for another pass over some of the "
-            "text and, without matrices beside an imatrix, room for them on the disk. Of a checkpoint folder.",
+            help="Error feedback goes input by input, each weight encoded for what the layers before it have become: lower KLD, for another pass over the "
+            "text and, without matrices beside an imatrix, room for them on the disk. Default: for checkpoint folders with such matrices or up to 2 billion "
+            "weights.",
+            show_default=False,
         ),
-    ] = True,
+    ] = None,
     compensate_guard: Annotated[
         bool,
         typer.Option(

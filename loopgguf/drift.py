@@ -23,6 +23,11 @@ DAMPING = 0.1  # of the mean diagonal of H̃, added before it is inverted
 _SLAB_ROWS = 256  # of weights that are aimed anew at once: bounds the memory
 
 
+def are_enough(n_tokens: int, columns: slice) -> bool:
+    """Tell whether a drift of so many columns is known from n_tokens."""
+    return bool(n_tokens >= MIN_TOKENS_PER_COLUMN * (columns.stop - columns.start))
+
+
 @dataclass(frozen=True)
 class Moments:
     """Of a block of columns: `second` = E[x̃ x̃ᵀ] and `cross` = E[(x − x̃) x̃ᵀ], both (n, n) float32, over n_tokens."""
@@ -45,7 +50,7 @@ class Drift:
         columns where that brings the outputs nearer to the model's on held-out tokens too; W itself where it does so in none."""
         target = W
         for train, held_out in zip(self.train, self.holdout, strict=True):
-            if train.n_tokens < MIN_TOKENS_PER_COLUMN * len(train.second):
+            if not are_enough(train.n_tokens, train.columns):
                 continue
             step = _step(W[:, train.columns], train)
             if _is_better(W[:, train.columns], step, held_out):
@@ -56,13 +61,13 @@ class Drift:
 
 def _step(W: FloatArray, moments: Moments) -> FloatArray:
     """Return STEP · W C (H̃ + λI)⁻¹, (n_out, n)."""
-    second = moments.second.astype(np.float64)
+    second = np.array(moments.second, np.float64, order="F")  # which LAPACK factorizes in place
     second[np.diag_indices(len(second))] += DAMPING * (np.trace(second) / len(second) or 1.0)
-    factor = linalg.cho_factor(second, lower=True, overwrite_a=True)
+    factor = linalg.cho_factor(second, lower=True, overwrite_a=True, check_finite=False)
     result = np.empty_like(W)
     for start in range(0, len(W), _SLAB_ROWS):
         rows = slice(start, start + _SLAB_ROWS)
-        result[rows] = STEP * linalg.cho_solve(factor, (W[rows] @ moments.cross).T.astype(np.float64), overwrite_b=True).T
+        result[rows] = STEP * linalg.cho_solve(factor, (W[rows] @ moments.cross).T.astype(np.float64), check_finite=False).T
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from loopgguf.checkpoint import content_key
 from loopgguf.compensate import LossCurvature
 from loopgguf.curvature import gram_shapes
 from loopgguf.drift import Drift
+from loopgguf.errors import InputError, UsageError
 from loopgguf.evaluation import Measure
 from loopgguf.feedback import MIN_TOKENS_PER_COLUMN, SEED, Compensate, Feedback, kept_bytes, may_have_feedback, run_feedback, stored_feedback
 from loopgguf.formats import QUANTIZED_TYPES
@@ -39,8 +41,11 @@ from loopgguf.report import names_text
 from loopgguf.sequence import run_sequence
 from loopgguf.source import Source, Tensor, open_source
 
+logger = logging.getLogger(__name__)
+
 FindCurvature = Callable[[int], LossCurvature | None]
 
+AUTO_SEQUENCE_WEIGHTS = 2_000_000_000  # up to which a sequence may keep all matrices on the disk unasked: some 20 GB
 _MATRICES = "matrices"  # of a pass, in the work folder of a job
 
 
@@ -73,7 +78,7 @@ class Order:
     imatrix: Path | None = None  # the file that was given, beside which Gram matrices may lie
     compensate: Compensate = Compensate.OFF
     compensate_columns: int | None = None  # of a Gram matrix that feedback takes together; None: all
-    compensate_sequence: bool = True  # where the source is a checkpoint folder
+    compensate_sequence: bool | None = None  # None: where that takes no great room on the disk
     plain_kinds: frozenset[str] = frozenset()  # of tensors that are left to the plain encoder all the same
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     protection: Protection | None = None
@@ -103,7 +108,13 @@ def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
     if order.compensate is Compensate.OFF:
         return Basis()
     has_layers = any(row.uses_imatrix and order.wants_feedback(row.name) and tensor_role(row.name).layer is not None for row in order.plan.rows)
-    stored, is_sequential = stored_feedback(order.imatrix), order.compensate_sequence and source.is_checkpoint and has_layers
+    stored = stored_feedback(order.imatrix)
+    wants_sequence = order.compensate_sequence
+    if wants_sequence and not source.is_checkpoint:
+        raise UsageError(f"--compensate-sequence: {source.path.name} is a GGUF, of which layers cannot be run one by one. Give the checkpoint folder")
+    if wants_sequence is None:
+        wants_sequence = stored is not None or source.n_weights <= AUTO_SEQUENCE_WEIGHTS
+    is_sequential = wants_sequence and source.is_checkpoint and has_layers
     needs_text = stored is None or is_sequential
     return Basis(stored, calibration_chunks(source, order.calibration, settings) if needs_text else None, is_sequential)
 
@@ -152,7 +163,7 @@ def describe_untried(order: Order, logs: Mapping[str, TensorLog]) -> list[str]:
 
 
 class _Encoding:
-    """The tensors that are left to encode, by name."""
+    """The tensors that are left to encode, by name, and the passes over text that tell what their encoders need."""
 
     def __init__(self, source: Source, order: Order, basis: Basis, journal: Journal, settings: Settings) -> None:
         self.source, self.order, self.basis, self.journal, self.settings = source, order, basis, journal, settings
@@ -199,9 +210,8 @@ class _Encoding:
 
         self.execute([replace(job, curvature=find(job), effort=self.effort) for job in self.take(names)], progress)
 
-    @property
-    def fed(self) -> list[str]:
-        """The tensors left that may be encoded with error feedback."""
+    def may_be_fed(self) -> list[str]:
+        """Return the tensors left that may be encoded with error feedback."""
         has_feedback = functools.partial(may_have_feedback, is_tied=self.is_tied, has_gradients=self.source.is_checkpoint)
         return [name for name, job in self.left.items() if self.order.wants_feedback(name) and has_feedback(job.row)]
 
@@ -214,7 +224,7 @@ class _Encoding:
             self.with_feedback([name for name in self.left if tensor_role(name).layer == layer and self.order.wants_feedback(name)], feedback)
             self.journal.save()  # the pass may forget the layer's matrices now
 
-        layers = {tensor_role(name).layer for name in self.fed}
+        layers = {tensor_role(name).layer for name in self.may_be_fed()}
         if layers:
             work = self.journal.job.work
             if not layers.isdisjoint(finished_layers(work)):  # a damaged tensor of a layer that it would not show again
@@ -245,15 +255,18 @@ class _Encoding:
 
     def in_sequence(self) -> None:
         """Encode what goes without feedback, what belongs to no layer, and then the layers as their inputs become known."""
-        fed, chunks, settings = self.fed, self.basis.chunks, self.settings
+        fed, chunks, settings = self.may_be_fed(), self.basis.chunks, self.settings
         if not fed:
             return
         assert chunks is not None
-        feedback = self.basis.stored or self.gathered(chunks)
+        writer = None if self.basis.stored is not None else self.prepared(chunks)
         self.execute(self.take([name for name in self.left if name not in fed]))  # what comes after them is to see them
+        self.journal.save()  # so that there is a job to go on with, and the pass with it
+        feedback = self.gathered(writer) if writer is not None else self.basis.stored
+        assert feedback is not None
         self.with_feedback([name for name in fed if tensor_role(name).layer is None], feedback)
 
-        def encode_input(names: Sequence[str], drift: Drift) -> None:
+        def encode_input(names: Sequence[str], drift: Drift | None) -> None:
             self.with_feedback(names, feedback, drift, progress=lambda *_: None)  # the sequence's own says how far it is
 
         run_sequence(
@@ -278,23 +291,46 @@ class _Encoding:
         part, info = self.places[name]
         return Tensor(name, info.shape, info.type, functools.partial(part.read_rows, info))
 
-    def gathered(self, chunks: Chunks) -> Feedback:
-        """Return the matrices of all layers from a pass over the text; they lie in the job folder until the file is finished."""
+    def prepared(self, chunks: Chunks) -> GramWriter:
+        """Return what writes the matrices of a pass over the text into the job folder, where they lie until the file is finished, and
+        maybe some or all do already."""
         work = self.journal.job.work
         _, holdout = split_holdout(chunks.n_chunks, SEED)
         writer = GramWriter(work / _MATRICES, GramHeader(tuple(int(i) for i in holdout), SEED, SEED, chunks.fingerprint))
+        if not self._is_whole(writer, finished_layers(work)):
+            logger.warning("matrices in %s are damaged and are collected again", writer.folder)
+            shutil.rmtree(work)
+            writer = GramWriter(writer.folder, writer.header)
         if not writer.is_complete:
-            finished = finished_layers(work)
-            writer.require(finished)
-            shapes = gram_shapes({tensor.name: tensor.shape for tensor in self.source.tensors}, has_gradient=True)
-            n_bytes = stored_bytes(shapes, has_gradient=True) - sum(path.stat().st_size for path in writer.folder.iterdir())
-            check_disk(work, n_bytes, "give --no-compensate-sequence")
-            self.settings.announce(f"error feedback: at most {n_bytes:,} bytes of matrices in {work} until it is done")
+            self._announce_matrices(writer, chunks)
+        return writer
+
+    def gathered(self, writer: GramWriter) -> Feedback:
+        """Return the matrices of all layers, of a pass over the text where they are not there yet."""
+        if not writer.is_complete:
             self.run_pass(lambda layer, feedback: writer(layer, feedback.train, feedback.holdout))
-            for path in work.glob("*.f32"):  # hidden states
-                path.unlink()
+        for path in self.journal.job.work.glob("*.f32"):  # hidden states, which nothing goes on from now
+            path.unlink()
         grams = writer.written()
         return Feedback(grams.train, grams.holdout)
+
+    def _is_whole(self, writer: GramWriter, finished: Collection[int]) -> bool:
+        """Tell whether the matrices of all layers are there, and can be read, that a run before has finished."""
+        layers = {tensor_role(tensor.name).layer for tensor in self.source.tensors} if writer.is_complete else finished
+        try:
+            writer.require([*layers])
+        except InputError:
+            return False
+        return True
+
+    def _announce_matrices(self, writer: GramWriter, chunks: Chunks) -> None:
+        """Say what the matrices take of the disk; raise OutputError where they, and the hidden states of the pass, find no room."""
+        shapes = gram_shapes({tensor.name: tensor.shape for tensor in self.source.tensors}, has_gradient=True)
+        n_already = sum(path.stat().st_size for path in self.journal.job.work.rglob("*") if path.is_file())
+        n_bytes = stored_bytes(shapes, has_gradient=True)
+        states = kept_bytes(self.source, chunks, self.settings.max_memory_bytes)
+        check_disk(writer.folder, n_bytes + states - n_already, "choose another disk with --job-folder, or give --no-compensate-sequence")
+        self.settings.announce(f"error feedback: at most {n_bytes:,} bytes of matrices in {writer.folder} until it is done")
 
 
 def _drifted(find: FindCurvature, drift: Drift, matrix: int) -> LossCurvature | None:

@@ -5,7 +5,7 @@ H and H_w and judged by H_w on the tenth of the text that was held out, the head
 one-hot, go by G0, the covariance of the gradient at their output, and where they are the head too by the sum of both
 uses. A GGUF has no backward pass: there H alone decides, in which keys and values weigh the first token `SINK`-fold,
 because nearly every head of a trained model attends to it. An expert's few tokens are joined by those of all experts of
-its layer. A layer's matrices are given away as soon as they are complete and are not kept. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
+its layer. A layer's matrices are given away as soon as they are complete. Encodes nothing itself (see `compensate.py` and `pipeline.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gram matrices on disk: safetensors shards beside an imatrix, written layer by layer and read one matrix at a time.
+"""Gram matrices on disk: safetensors shards beside an imatrix, or in a job folder, written layer by layer and read one matrix at a time.
 
 `NAME.imatrix.gguf` → `NAME.imatrix.gram-00001-of-00033.safetensors`, …: a shard per layer, and one for what belongs to
 no layer. An entry is `WHAT.NAME`, `WHAT.NAME#EXPERT`, and in the held-out set `holdout.WHAT.NAME`, where WHAT is a field of
@@ -206,7 +206,7 @@ class GramWriter:
         header = {"holdout_chunks": self.header.holdout_chunks, "seed": self.header.seed, "label_seed": self.header.label_seed}
         return {"loopgguf.gram": FORMAT, "loopgguf.calibration": self.header.fingerprint, "loopgguf.split": json.dumps(header)}
 
-    def require(self, layers: Sequence[int]) -> None:
+    def require(self, layers: Sequence[int | None]) -> None:
         """Raise InputError when the shard of a layer that a job has finished is missing or damaged."""
         for layer in layers:
             read_safetensors(self._shard(layer))

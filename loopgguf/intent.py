@@ -92,7 +92,7 @@ class QuantizeRequest:
     calibration: ImatrixRequest = field(default_factory=ImatrixRequest)
     compensate: Compensate = Compensate.OFF
     compensate_columns: int | None = None  # of a Gram matrix that feedback takes together, a multiple of 256; None: all
-    compensate_sequence: bool = True  # each layer for the inputs that it gets in the file; of a checkpoint folder
+    compensate_sequence: bool | None = None  # each layer for the inputs that it gets in the file; None: where that is cheap
     guard: KindGuard | None = None
     search: Search | None = None
     gate: Gate | None = None  # what the finished file must reach
@@ -167,11 +167,12 @@ def _refuse_protection(request: QuantizeRequest) -> None:
         raise UsageError("--super-weight-budget and a size contradict each other: the size says what the file may take. Give one of them")
 
 
-def refuse_columns(request: QuantizeRequest) -> None:
+def refuse_feedback_options(request: QuantizeRequest) -> None:
     """Raise UsageError where feedback cannot take that many columns together, or there is none and no gate that may turn it on."""
-    n = request.compensate_columns
-    if n is not None and request.compensate is Compensate.OFF and request.gate is None:
-        raise UsageError("--compensate-columns says how error feedback goes: give --compensate auto, fast or full too, or leave it out")
+    n, is_off = request.compensate_columns, request.compensate is Compensate.OFF and request.gate is None
+    for option, is_given in (("--compensate-columns", n is not None), ("--[no-]compensate-sequence", request.compensate_sequence is not None)):
+        if is_given and is_off:
+            raise UsageError(f"{option} says how error feedback goes: give --compensate auto, fast or full too, or leave it out")
     if n is not None and (n < COLUMN_BLOCK or n % COLUMN_BLOCK):
         raise UsageError(f"--compensate-columns: got {n}, expected a multiple of {COLUMN_BLOCK}, in which blocks of weights stay whole. Give 4096, for example")
 

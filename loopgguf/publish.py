@@ -15,10 +15,7 @@ from loopgguf.checkpoint import QUANTIZE, content_key, job_folder, open_stage
 from loopgguf.container import Layout, Metadata, PartFile, Value, ValueType, part_path, plan_layout, refuse_existing, shard_path, string, uint32, write_file
 from loopgguf.encode import Basis, Order, describe_untried, encode, encoding_fields, find_basis
 from loopgguf.errors import InputError, OutputError, QualityError, UsageError
-from loopgguf.feedback import (
-    Compensate,
-    describe_feedback,
-)
+from loopgguf.feedback import Compensate, describe_feedback
 from loopgguf.journal import Journal, Parts, take_back
 from loopgguf.manifest import manifest_line, manifest_path, read_manifest
 from loopgguf.opening import Settings, refuse_same_file

@@ -203,7 +203,7 @@ def feedback_line(logs: Sequence[FeedbackLog]) -> str:
     won = ", ".join(f"{way} {n}" for way, n in ways.most_common())
     ratio = np.mean([log.held_out_ratio for log in logs])
     n_aimed = sum(log.is_aimed for log in logs)
-    drift = f"; {n_aimed} make up for the drift of their inputs" if n_aimed else ""
+    drift = f"; {n_aimed} make up for the drift of their inputs, and their error is from there" if n_aimed else ""
     return f"error feedback: {won} of {len(logs)} matrices; estimated error on held-out tokens {ratio:.3f} × the plain encoder's{drift}"
 
 

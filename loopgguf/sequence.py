@@ -23,7 +23,7 @@ from loopgguf.accumulators import document_starts, refuse_non_finite, split_hold
 from loopgguf.architectures import input_group
 from loopgguf.compensate import column_parts
 from loopgguf.curvature import add_outer, whole
-from loopgguf.drift import Drift, Moments
+from loopgguf.drift import Drift, Moments, are_enough
 from loopgguf.hidden_states import HiddenStates, StateStorage
 from loopgguf.layerwise import DEFAULT_MAX_MEMORY_BYTES, torch_settings
 from loopgguf.progress import Meter, Progress
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 TokenArray = NDArray[np.int32]
-OnInput = Callable[[Sequence[str], Drift], None]
+OnInput = Callable[[Sequence[str], Drift | None], None]
 
 TOKENS_PER_COLUMN = 16  # of the widest input, where the text has so many: what is gained grows with them, and so does the time
 PHASE = "sequence"
@@ -41,8 +41,8 @@ _BLOCK = 512  # rows of a product at a time: bounds its memory
 
 
 def pick_chunks(n_chunks: int, n_ctx: int, n_in: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the chunks that drifts of inputs as wide as n_in are measured on, for use and held out: evenly spread
-    over those of `accumulators.split_holdout`, a tenth of them held out."""
+    """Return the numbers of the chunks that drifts of n_in columns are measured on, for use and held out: evenly spread over those of
+    `accumulators.split_holdout`, a tenth of them held out."""
     n = math.ceil(TOKENS_PER_COLUMN * n_in / n_ctx)
     train, holdout = split_holdout(n_chunks, seed)
     return _spread(train, n), _spread(holdout, math.ceil(n / 10))
@@ -68,7 +68,7 @@ def run_sequence(
     progress: Progress | None = None,
 ) -> None:
     """Go through a checkpoint folder's layers, and tell `on_input` the drift of every input that is read by a weight that `wants`
-    it, with the names of these weights.
+    it, with the names of these weights; None for one of which there are too few tokens to know it.
 
     chunks: (n_chunks, n_ctx) int32, of which `pick_chunks` are run. written: the tensors that the file has so far, by GGUF
     name; after `on_input` it has those it was told of. max_columns: as in `compensate.compensate`. documents: as in
@@ -77,7 +77,8 @@ def run_sequence(
     with torch_settings(n_threads, device), ExitStack() as stack:
         models = [StreamedModel(folder, attention="sdpa", device=device, written=find) for find in (lambda _name: None, written)]
         n_chunks, n_ctx = chunks.shape
-        train, holdout = pick_chunks(n_chunks, n_ctx, max(shape[-1] for shape in models[0].shapes(0).values()), seed)
+        widest = column_parts(max(shape[-1] for shape in models[0].shapes(0).values()), max_columns)[0]
+        train, holdout = pick_chunks(n_chunks, n_ctx, widest.stop, seed)
         numbers = [*train, *holdout]
         starts = [document_starts(None if documents is None else documents[c]) for c in numbers]
         sides = [stack.enter_context(_side(model, chunks[numbers], starts, max_memory_bytes // 2)) for model in models]
@@ -86,13 +87,13 @@ def run_sequence(
 
 class DriftSums:
     """Sums up E[x̃ x̃ᵀ] and E[(x − x̃) x̃ᵀ] of one input over tokens, float32, in blocks of columns `parts`: what lies between two of
-    them is left out. Two square matrices per block; numpy arrays or torch tensors alike, which stay on their device."""
+    them is left out. Two square matrices per block, on the device of what is added."""
 
     def __init__(self, parts: Sequence[slice]) -> None:
         self.parts, self.n_tokens = parts, 0
-        self._sums: list[tuple[Any, Any]] = []
+        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def add(self, X: Any, Y: Any) -> None:
+    def add(self, X: torch.Tensor, Y: torch.Tensor) -> None:
         """Add the inputs X (n_tokens, n_in) that the model has, and those that the file so far has, Y."""
         self._sums = self._sums or [(_zeros(Y, part), _zeros(Y, part)) for part in self.parts]
         for part, (second, cross) in zip(self.parts, self._sums, strict=True):
@@ -110,12 +111,12 @@ class DriftSums:
         return tuple(Moments(part, whole(second), to_numpy(cross), n) for part, (second, cross) in zip(self.parts, taken, strict=True))
 
 
-def _zeros(X: Any, part: slice) -> Any:
-    n = X[:, part].shape[1]
-    return X.new_zeros((n, n)) if hasattr(X, "new_zeros") else np.zeros((n, n), np.float32)
+def _zeros(X: torch.Tensor, part: slice) -> torch.Tensor:
+    n = part.stop - part.start
+    return X.new_zeros((n, n))
 
 
-def _add_product(total: Any, X: Any, Y: Any) -> None:
+def _add_product(total: torch.Tensor, X: torch.Tensor, Y: torch.Tensor) -> None:
     """total += Xᵀ Y in place, some rows at a time."""
     for start in range(0, len(total), _BLOCK):
         total[start : start + _BLOCK] += X[:, start : start + _BLOCK].T @ Y
@@ -183,12 +184,24 @@ class _Sequence:
     def run(self) -> None:
         wanted = [self.wanted_inputs(layer) for layer in range(len(self.model.layers))]
         n_layers = max((layer + 1 for layer, inputs in enumerate(wanted) if inputs), default=0)
-        self.meter.n_steps = self.n_chunks * (max(n_layers - 1, 0) + sum(map(len, wanted)))
+        measured = sum(self.can_be_known(layer, weights) for layer, inputs in enumerate(wanted) for weights in inputs)
+        self.meter.n_steps = self.n_chunks * (max(n_layers - 1, 0) + measured)
         for layer in range(n_layers):
             for weights in wanted[layer]:
-                self.on_input(list(weights), self.measure(layer, weights))
+                drift = self.measure(layer, weights) if self.can_be_known(layer, weights) else None
+                for side in self.sides:
+                    side.model.forget()  # the encoders need the memory
+                self.on_input(list(weights), drift)
             if layer + 1 < n_layers:
                 self.advance(layer)
+
+    def parts_of(self, layer: int, name: str) -> list[slice]:
+        """Return the blocks of columns in which the drift of a weight's input is measured."""
+        return column_parts(self.model.shapes(layer)[name][-1], self.max_columns)
+
+    def can_be_known(self, layer: int, weights: Mapping[str, str]) -> bool:
+        """Tell whether there are enough tokens for the drift of what these weights read."""
+        return any(are_enough(self.n_train * self.sides[0].n_ctx, part) for part in self.parts_of(layer, next(iter(weights))))
 
     def advance(self, layer: int) -> None:
         with self.weights_of(layer):
@@ -209,14 +222,12 @@ class _Sequence:
 
     def measure(self, layer: int, weights: Mapping[str, str]) -> Drift:
         """Return the drift of the input of these weights, given with their modules' paths."""
-        name, paths, sums = next(iter(weights)), list(weights.values()), list[DriftSums]()
+        name, paths = next(iter(weights)), list(weights.values())
+        sums = [DriftSums(self.parts_of(layer, name)) for _ in ("train", "holdout")]
         with self.weights_of(layer):
             for c in range(self.n_chunks):
                 X, Y = (side.input_of(layer, c, paths) for side in self.sides)
                 refuse_non_finite(name, to_numpy((X + Y).sum(0)))
-                if not sums:
-                    parts = column_parts(X.shape[1], self.max_columns)
-                    sums = [DriftSums(parts), DriftSums(parts)]
                 sums[c >= self.n_train].add(X, Y)
                 self.meter.step()
         train, holdout = (part.take() for part in sums)

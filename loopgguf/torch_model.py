@@ -198,31 +198,32 @@ class StreamedModel:
 
         state = {}
         for name in module.state_dict():
-            stored = self.checkpoint.read(prefix + name)
+            stored = self._read(prefix + name)
             memory = self._memory.get((place, name))
             if memory is None or memory.shape != stored.shape:
                 memory = self._memory[place, name] = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
             memory.copy_(stored)
             state[name] = memory
-            if prefix + name in self.names:
-                self._replace(self.names[prefix + name], memory)
-                self._edit(self.names[prefix + name], memory)
+            self._edit(self.names.get(prefix + name), memory)
         try:
             module.load_state_dict(state, assign=True)
         except RuntimeError as error:  # torch's own words hold both shapes
             raise InputError(f"weights of {prefix}* in {self.checkpoint.folder} do not fit config.json: {' '.join(str(error).split())}") from error
         module.requires_grad_(False)
 
-    def _replace(self, name: str, weight: torch.Tensor) -> None:
+    def _read(self, name: str) -> torch.Tensor:
+        """Return a weight in the checkpoint's order: as it is stored there, or as it is written, decoded."""
         import torch
 
-        written = self.written(name)
-        if written is not None:
-            rows = self.source_rows(name)
-            decoded = torch.from_numpy(ggml.decode_rows(written.type, written.read_rows(0, written.n_rows)))
-            weight[slice(None) if rows is None else torch.from_numpy(rows)] = decoded.reshape(written.shape).to(weight.device)
+        gguf = self.names.get(name)
+        written = None if gguf is None else self.written(gguf)
+        if gguf is None or written is None:
+            return self.checkpoint.read(name)
+        decoded = torch.from_numpy(ggml.decode_rows(written.type, written.read_rows(0, written.n_rows))).reshape(written.shape)
+        rows = self.source_rows(gguf)
+        return decoded if rows is None else torch.empty_like(decoded).index_copy_(0, torch.from_numpy(rows), decoded)
 
-    def _edit(self, name: str, weight: torch.Tensor) -> None:
+    def _edit(self, name: str | None, weight: torch.Tensor) -> None:
         for edit in self.edits:
             if edit.name == name:
                 rows = self.source_rows(edit.name)

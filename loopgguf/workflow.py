@@ -20,7 +20,7 @@ from loopgguf.fidelity import Fidelity, measure_fidelities
 from loopgguf.gate import CheckedResult, Gate
 from loopgguf.guard import guard_chunks, guard_kinds, refuse_guard
 from loopgguf.importance import ImatrixRequest, calibration_chunks, compute_imatrix, given_importance, made_importance, merge_imatrices
-from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, is_sized, refuse_columns, resolve
+from loopgguf.intent import DEFAULT_PROFILE, QuantizeRequest, is_sized, refuse_feedback_options, resolve
 from loopgguf.opening import DEFAULT_CTX_SIZE, Settings, cut_text, model_name, open_model
 from loopgguf.pipeline import WriteResult
 from loopgguf.planfile import SavedPlan, imatrix_digest
@@ -121,7 +121,7 @@ def _refuse_contradictions(request: QuantizeRequest) -> None:
         refuse_search(request)
     if request.guard is not None:
         refuse_guard(request)
-    refuse_columns(request)
+    refuse_feedback_options(request)
 
 
 def _drop_found(folder: Path) -> None:

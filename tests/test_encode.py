@@ -23,12 +23,14 @@ from loopgguf import guard, pipeline, publish
 from loopgguf import journal as journal_module
 from loopgguf.checkpoint import GUARD, Job, StopRequest, job_folder
 from loopgguf.container import PartFile, read_gguf
+from loopgguf.curvature import GramSet
 from loopgguf.drift import Drift
 from loopgguf.encode import Reuse
 from loopgguf.errors import InputError, Interrupted, OutputError, UsageError
 from loopgguf.evaluation import Measure
 from loopgguf.feedback import Compensate
 from loopgguf.formats import GgmlType
+from loopgguf.grams import GramWriter
 from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import KindGuard, QuantizeRequest, resolve
 from loopgguf.journal import Journal
@@ -250,6 +252,27 @@ def test_without_the_sequence_nothing_of_it_runs(folder: Path, made: Path, reque
     assert left() == FINISHED
 
 
+def test_a_sequence_that_is_not_asked_for_is_of_small_models(folder: Path, made: Path, request_: QuantizeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches 100 GB of matrices for a large model that nobody asked for, and none of those that lie there, or were asked for."""
+    monkeypatch.setattr(encode_module, "AUTO_SEQUENCE_WEIGHTS", 1000)
+    for change, is_sequential in (({}, False), ({"imatrix": made}, True), ({"compensate_sequence": True}, True)):
+        steps: list[str] = []
+        quantize(folder, Path("x.gguf"), replace(request_, **change), replace(counting(steps), overwrite=True))
+        assert ("sequence" in steps) == is_sequential, change
+
+
+def test_a_sequence_without_layers_or_feedback_is_refused(folder: Path, demo_gguf: Path, request_: QuantizeRequest) -> None:
+    """Catches options that are asked for and change nothing."""
+    off = replace(request_, compensate=Compensate.OFF)
+    for model, request, what in (
+        (demo_gguf, QuantizeRequest(quant_type="Q4_0", compensate=Compensate.FAST, compensate_sequence=True), "is a GGUF, of which layers cannot be run"),
+        (folder, replace(off, compensate_sequence=True), r"--\[no-\]compensate-sequence says how error feedback goes"),
+        (folder, replace(off, compensate_sequence=False), r"--\[no-\]compensate-sequence says how error feedback goes"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            quantize(model, Path("x.gguf"), request, ONE)
+
+
 def test_too_little_text_for_a_verdict_is_said(folder: Path, made: Path, request_: QuantizeRequest) -> None:
     """Catches a traceback, and a file of which nobody knows what it makes up for."""
     request = replace(request_, imatrix=made, calibration=replace(request_.calibration, n_samples=1))
@@ -300,11 +323,11 @@ def test_killed_in_the_gradient_pass(folder: Path, request_: QuantizeRequest, wh
     assert steps.count("calibrate") < 40 if memory == LITTLE else steps.count("calibrate") == TEXT.n_samples
 
 
-def test_killed_before_the_first_tensor(folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches hours of gradients lost because no tensor was finished yet."""
+def test_killed_before_the_first_encoded_tensor(folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hours of gradients lost because only norms were finished yet."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dying(patch)
-        stop_at(patch, 1, die)
+        stop_at(patch, 8, die)
         quantize(folder, Path("x.gguf"), request_, ONE)
     steps: list[str] = []
     quantize(folder, Path("x.gguf"), request_, counting(steps))
@@ -332,16 +355,50 @@ def test_damaged_tensors_are_encoded_again(folder: Path, request_: QuantizeReque
     assert result.logs["blk.1.ffn_up.weight"].feedback
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM to oneself")
-@pytest.mark.parametrize(("phase", "n", "has_tensors"), [("sequence", 150, True), ("calibrate", 11, False)])
-def test_stopped_on_the_way(
-    folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch, phase: str, n: int, has_tensors: bool
+@pytest.mark.parametrize("damage", [Path.unlink, lambda shard: os.truncate(shard, 1000)], ids=["gone", "cut short"])
+def test_damaged_matrices_are_collected_again(
+    folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ) -> None:
+    """Catches a layer that silently goes without feedback, and a job that cannot go on and says that it can."""
+    steps: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dying(patch)
+        stop_at(patch, 12, die)
+        quantize(folder, Path("x.gguf"), request_, ONE)
+    [shard] = job_folder(Path("x.gguf")).glob("**/matrices/layer-00001")
+    damage(shard)
+    quantize(folder, Path("x.gguf"), request_, counting(steps))
+    assert Path("x.gguf").read_bytes() == whole.read_bytes() and steps.count("calibrate") == TEXT.n_samples
+    assert "are damaged and are collected again" in caplog.text
+
+
+def test_an_error_among_the_matrices_costs_no_finished_layer(folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pass of hours that is thrown away because nothing was encoded before it."""
+    steps: list[str] = []
+    little = replace(ONE, max_memory_bytes=LITTLE)
+    write = GramWriter.__call__
+
+    def full(writer: GramWriter, layer: int | None, train: GramSet, holdout: GramSet) -> None:
+        if layer == 0:
+            raise OutputError("cannot write: no space left on device")
+        write(writer, layer, train, holdout)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"finished tensors are kept in .*: the same command goes on"):
+        patch.setattr(GramWriter, "__call__", full)
+        quantize(folder, Path("x.gguf"), request_, little)
+    assert left() == UNFINISHED
+    quantize(folder, Path("x.gguf"), request_, counting(steps, little))
+    assert Path("x.gguf").read_bytes() == whole.read_bytes() and 0 < steps.count("calibrate") < 2 * TEXT.n_samples
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM to oneself")
+@pytest.mark.parametrize(("phase", "n"), [("sequence", 150), ("calibrate", 11)])
+def test_stopped_on_the_way(folder: Path, request_: QuantizeRequest, whole: Path, monkeypatch: pytest.MonkeyPatch, phase: str, n: int) -> None:
     """Catches a stop that waits for the end, one that loses what is finished, and one that does not say how to go on."""
     steps: list[str] = []
     with pytest.raises(Interrupted, match=r"interrupted after \d+ of \d+ tensors; saved in x\.loopgguf-job.*same command again"):
         quantize(folder, Path("x.gguf"), request_, counting(steps, ONE, at(phase, n, lambda: signal.raise_signal(signal.SIGTERM))))
-    assert steps.count(phase) == n and left() == (UNFINISHED if has_tensors else UNFINISHED[1:])
+    assert steps.count(phase) == n and left() == UNFINISHED
     steps.clear()
     quantize(folder, Path("x.gguf"), request_, counting(steps))
     assert Path("x.gguf").read_bytes() == whole.read_bytes() and left() == FINISHED

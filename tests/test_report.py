@@ -107,4 +107,4 @@ def test_feedback_is_told_in_a_line() -> None:
     logs = [FeedbackLog("columns", 0.25, Damping(0.1)), FeedbackLog("columns", 0.75, Damping(0.1)), FeedbackLog("plain", 1.0, None)]
     line = "error feedback: columns 2, plain 1 of 3 matrices; estimated error on held-out tokens 0.667 × the plain encoder's"
     assert feedback_line(logs) == line
-    assert feedback_line([replace(logs[0], is_aimed=True), *logs[1:]]) == f"{line}; 1 make up for the drift of their inputs"
+    assert feedback_line([replace(logs[0], is_aimed=True), *logs[1:]]) == f"{line}; 1 make up for the drift of their inputs, and their error is from there"

@@ -153,8 +153,12 @@ def assert_is_drift(drift: Drift, X: np.ndarray, Y: np.ndarray, what: str) -> No
 # --- sums and chunks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_torch", [False, True])
-def test_sums_are_the_means(is_torch: bool):
+@pytest.fixture(autouse=True)
+def _few_tokens_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopgguf.drift.MIN_TOKENS_PER_COLUMN", 0)
+
+
+def test_sums_are_the_means():
     """Catches the inputs of the two models mixed up, a transposed product, slabs that count alike though they differ in length,
     blocks of columns mixed up, and sums that stay for the next input."""
     import torch
@@ -165,7 +169,7 @@ def test_sums_are_the_means(is_torch: bool):
         slabs = [tuple(generator.normal(size=(n, 8)).astype(np.float32) for _ in range(2)) for n in (7, 1, 30)]
         before = [(X.copy(), Y.copy()) for X, Y in slabs]
         for X, Y in slabs:
-            sums.add(*((torch.from_numpy(X), torch.from_numpy(Y)) if is_torch else (X, Y)))
+            sums.add(torch.from_numpy(X), torch.from_numpy(Y))
         assert all(np.array_equal(X, x) and np.array_equal(Y, y) for (X, Y), (x, y) in zip(slabs, before, strict=True))
         X, Y = (np.concatenate(parts).astype(np.float64) for parts in zip(*slabs, strict=True))
         taken = sums.take()
@@ -311,6 +315,17 @@ def test_only_what_is_wanted_is_run(llama: Path, monkeypatch: pytest.MonkeyPatch
         assert_is_drift(drift, original[name], now[name], name)
     loaded.clear()
     assert run(llama, wants=lambda _name: False) == [] and loaded == []
+
+
+def test_inputs_of_too_few_tokens_are_not_run(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches a layer that is run as far as there for a drift that no weight can heed, and weights that nobody is told to encode."""
+    monkeypatch.setattr("loopgguf.drift.MIN_TOKENS_PER_COLUMN", 1)
+    tokens = TOKENS[:, :20]  # 4 × 20 for use: enough for 64 columns, too few for 96
+    steps: list[int] = []
+    seen = run(llama, tokens, progress=lambda _phase, done, _total: steps.append(done))
+    assert [names for names, _ in seen] == ORDER
+    assert [found is None for _, found in seen] == [False, False, False, True] * N_LAYERS
+    assert len(steps) == len(tokens) * (3 * N_LAYERS + N_LAYERS - 1)
 
 
 def test_documents_of_a_chunk_are_kept_apart(llama: Path):
