@@ -8,6 +8,9 @@ burden of proof lies on dropping it, for held-out tokens have accepted it alread
 all kinds to which feedback does nothing, and with them those to which it does a little good. Each kind has a test of its own,
 without a correction for their number, as a kind that is dropped by chance costs no more than what it was worth, which is
 little, or chance would not have hidden it. Pairs of kinds are not tried.
+
+In sequence the tensors that a trial takes over make up for the kind as it is with feedback, which speaks for keeping it; where
+one is dropped, the file that is published is encoded anew, for other inputs, and is not measured again.
 """
 
 from __future__ import annotations
