@@ -328,6 +328,17 @@ def test_inputs_of_too_few_tokens_are_not_run(llama: Path, monkeypatch: pytest.M
     assert len(steps) == len(tokens) * (3 * N_LAYERS + N_LAYERS - 1)
 
 
+def test_both_models_run_on_the_device(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches a sequence that stays on the CPU: where torch has no CUDA, one that goes to the GPU ends with torch's own error."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a torch without CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        run(llama, device="cuda")
+
+
 def test_documents_of_a_chunk_are_kept_apart(llama: Path):
     """Catches tokens that attend to another document's, in one of the two models, and chunks that get each other's documents."""
     documents = np.zeros(TOKENS.shape, np.int32)
