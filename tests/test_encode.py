@@ -15,11 +15,12 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+from stops import left, stop_at, take_down_encoded
 from tiny_checkpoint import LLAMA_CONFIG, random_weights, write_checkpoint
 from tiny_tokenizers import N_BPE, write_byte_level
 
 from loopgguf import encode as encode_module
-from loopgguf import guard, pipeline, publish
+from loopgguf import guard, publish
 from loopgguf import journal as journal_module
 from loopgguf.checkpoint import GUARD, Job, StopRequest, job_folder
 from loopgguf.container import PartFile, read_gguf
@@ -35,7 +36,7 @@ from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import KindGuard, QuantizeRequest, resolve
 from loopgguf.journal import Journal
 from loopgguf.opening import Settings
-from loopgguf.pipeline import TensorLog, WriteResult
+from loopgguf.pipeline import WriteResult
 from loopgguf.planner import TypeRules, parse_overrides, with_type
 from loopgguf.source import Tensor, open_source
 from loopgguf.workflow import compute_imatrix, quantize
@@ -101,15 +102,7 @@ def whole(folder: Path, request_: QuantizeRequest, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors, as they are encoded."""
-    names: list[str] = []
-    run = pipeline._run
-    monkeypatch.setattr(pipeline, "_run", lambda slab: (names.append(slab.job.row.name), run(slab))[1])
-    return names
-
-
-def left(name: str = "x") -> list[str]:
-    return sorted(path.name for path in Path().iterdir() if path.name.startswith(f"{name}."))
+    return take_down_encoded(monkeypatch)
 
 
 def payloads(path: Path) -> dict[str, bytes]:
@@ -128,19 +121,6 @@ def counting(steps: list[str], settings: Settings = ONE, act: Callable[[str, int
         act(steps[-1], steps.count(steps[-1]))
 
     return replace(settings, progress=progress)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, n: int, stop: Callable[[], object]) -> None:
-    """Call `stop` when the n-th tensor is finished, before the journal knows."""
-    finished, count = Journal.finished, [0]
-
-    def counted(journal: Journal, name: str, log: TensorLog) -> None:
-        count[0] += 1
-        if count[0] == n:
-            stop()
-        finished(journal, name, log)
-
-    monkeypatch.setattr(Journal, "finished", counted)
 
 
 def die() -> NoReturn:

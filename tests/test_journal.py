@@ -9,17 +9,18 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from stops import left, stop_at, take_down_encoded
 from tiny_llama import write_tiny_llama
 
 from loopgguf import journal as journal_module
-from loopgguf import pipeline, publish
+from loopgguf import publish
 from loopgguf.checkpoint import CURRENT, Job, job_folder
 from loopgguf.compensate import Damping
 from loopgguf.container import PartFile, part_path, plan_layout, read_gguf
@@ -67,35 +68,14 @@ def whole(model: Path) -> bytes:
     return quantize(model, Path("whole.gguf"), REQUEST).paths[0].read_bytes()
 
 
-def left(name: str = "x") -> list[str]:
-    return sorted(path.name for path in Path().iterdir() if path.name.startswith(f"{name}."))
-
-
 FINISHED = ["x.gguf", "x.gguf.sha256"]
 LITTLE = 30 << 20  # bytes of memory: a gradient pass of the demo model goes layer by layer
 UNFINISHED = ["x.gguf.part", "x.loopgguf-job"]
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the slabs' tensors, as they are encoded."""
-    names: list[str] = []
-    run = pipeline._run
-    monkeypatch.setattr(pipeline, "_run", lambda slab: (names.append(slab.job.row.name), run(slab))[1])
-    return names
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, n: int, stop: Callable[[], object]) -> None:
-    """Call `stop` when the n-th tensor is finished, before the journal knows."""
-    finished, count = Journal.finished, [0]
-
-    def counted(journal: Journal, name: str, log: TensorLog) -> None:
-        count[0] += 1
-        if count[0] == n:
-            stop()
-        finished(journal, name, log)
-
-    monkeypatch.setattr(Journal, "finished", counted)
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return take_down_encoded(monkeypatch)
 
 
 def raising(error: BaseException) -> Callable[[], NoReturn]:
