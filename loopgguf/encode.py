@@ -96,11 +96,13 @@ class Order:
 @dataclass(frozen=True)
 class Basis:
     """What error feedback rests on: the matrices beside the imatrix, or else a pass over calibration text; and whether layers are
-    encoded in sequence, where any of their weights may have feedback, which runs some of that text too."""
+    encoded in sequence, where any of their weights may have feedback, which runs some of that text too. is_spared: they are not, for
+    the disk's sake alone."""
 
     stored: Feedback | None = None
     chunks: Chunks | None = None
     is_sequential: bool = False
+    is_spared: bool = False
 
 
 def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
@@ -108,15 +110,16 @@ def find_basis(source: Source, order: Order, settings: Settings) -> Basis:
     if order.compensate is Compensate.OFF:
         return Basis()
     has_layers = any(row.uses_imatrix and order.wants_feedback(row.name) and tensor_role(row.name).layer is not None for row in order.plan.rows)
-    stored = stored_feedback(order.imatrix)
+    can_be_sequential, stored = source.is_checkpoint and has_layers, stored_feedback(order.imatrix)
     wants_sequence = order.compensate_sequence
     if wants_sequence and not source.is_checkpoint:
         raise UsageError(f"--compensate-sequence: {source.path.name} is a GGUF, of which layers cannot be run one by one. Give the checkpoint folder")
     if wants_sequence is None:
         wants_sequence = stored is not None or source.n_weights <= AUTO_SEQUENCE_WEIGHTS
-    is_sequential = wants_sequence and source.is_checkpoint and has_layers
+    is_sequential = wants_sequence and can_be_sequential
     needs_text = stored is None or is_sequential
-    return Basis(stored, calibration_chunks(source, order.calibration, settings) if needs_text else None, is_sequential)
+    chunks = calibration_chunks(source, order.calibration, settings) if needs_text else None
+    return Basis(stored, chunks, is_sequential, is_spared=can_be_sequential and not is_sequential and order.compensate_sequence is None)
 
 
 def encoding_fields(source: Source, order: Order, basis: Basis, settings: Settings) -> dict[str, object]:

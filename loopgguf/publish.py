@@ -123,6 +123,8 @@ def publish(source: Source, order: Order, output: Path, settings: Settings, note
     basis = find_basis(source, order, settings)
     if order.compensate is not Compensate.OFF:
         settings.announce(describe_feedback(source, order.compensate, basis.stored, is_sequential=basis.is_sequential))
+    if basis.is_spared:
+        settings.announce("error feedback: not in sequence, for which the disk would have to hold the matrices of all layers: --compensate-sequence does it")
     fingerprint = _fingerprint(source, order, files, basis, settings)
     with open_stage(settings.job_folder or job_folder(output), QUANTIZE, fingerprint, resume=settings.resume, keep=settings.keep_job) as job:
         state = job.load()
