@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from loopgguf import pipeline
+from loopgguf import journal as journal_module
+from loopgguf import pipeline, publish
 from loopgguf.journal import Journal
 from loopgguf.pipeline import TensorLog
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing but the file system knows of it."""
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Work in an empty folder and cache; every finished tensor is saved at once; llama.cpp is not asked (other tests do)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(publish, "Journal", partial(Journal, min_seconds=0))
+    monkeypatch.setattr(journal_module, "MAX_SHARE", float("inf"))
+    monkeypatch.setattr(publish, "speak", lambda *_args, **_kwargs: "hello")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, n: int, stop: Callable[[], object]) -> None:

@@ -8,20 +8,18 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 import numpy as np
 import pytest
-from stops import left, stop_at, take_down_encoded
+from stops import Killed, isolate, left, stop_at, take_down_encoded
 from tiny_checkpoint import LLAMA_CONFIG, random_weights, write_checkpoint
 from tiny_tokenizers import N_BPE, write_byte_level
 
 from loopgguf import encode as encode_module
 from loopgguf import guard, publish
-from loopgguf import journal as journal_module
 from loopgguf.checkpoint import GUARD, Job, StopRequest, job_folder
 from loopgguf.container import PartFile, read_gguf
 from loopgguf.curvature import GramSet
@@ -34,7 +32,6 @@ from loopgguf.formats import GgmlType
 from loopgguf.grams import GramWriter
 from loopgguf.importance import ImatrixRequest
 from loopgguf.intent import KindGuard, QuantizeRequest, resolve
-from loopgguf.journal import Journal
 from loopgguf.opening import Settings
 from loopgguf.pipeline import WriteResult
 from loopgguf.planner import TypeRules, parse_overrides, with_type
@@ -52,18 +49,9 @@ FINISHED, UNFINISHED = ["x.gguf", "x.gguf.sha256"], ["x.gguf.part", "x.loopgguf-
 TEXT = ImatrixRequest(ctx_size=64, n_samples=20)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing but the file system knows of it."""
-
-
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty folder and cache; every finished tensor is saved at once; llama.cpp is not asked (other tests do)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(publish, "Journal", partial(Journal, min_seconds=0))
-    monkeypatch.setattr(journal_module, "MAX_SHARE", float("inf"))
-    monkeypatch.setattr(publish, "speak", lambda *_args, **_kwargs: "hello")
+    isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +221,15 @@ def test_without_the_sequence_nothing_of_it_runs(folder: Path, made: Path, reque
 
 
 def test_a_sequence_that_is_not_asked_for_is_of_small_models(folder: Path, made: Path, request_: QuantizeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches 100 GB of matrices for a large model that nobody asked for, and none of those that lie there, or were asked for."""
+    """Catches 100 GB of matrices for a large model that nobody asked for, a sequence that is left out silently, and none
+    where they lie there, or it was asked for."""
     monkeypatch.setattr(encode_module, "AUTO_SEQUENCE_WEIGHTS", 1000)
     for change, is_sequential in (({}, False), ({"imatrix": made}, True), ({"compensate_sequence": True}, True)):
         steps: list[str] = []
-        quantize(folder, Path("x.gguf"), replace(request_, **change), replace(counting(steps), overwrite=True))
+        said: list[str] = []
+        quantize(folder, Path("x.gguf"), replace(request_, **change), replace(counting(steps), overwrite=True, announce=said.append))
         assert ("sequence" in steps) == is_sequential, change
+        assert any("not in sequence" in line for line in said) != is_sequential, change
 
 
 def test_a_sequence_without_layers_or_feedback_is_refused(folder: Path, demo_gguf: Path, request_: QuantizeRequest) -> None:

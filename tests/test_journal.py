@@ -11,16 +11,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from stops import left, stop_at, take_down_encoded
+from stops import Killed, isolate, left, stop_at, take_down_encoded
 from tiny_llama import write_tiny_llama
 
-from loopgguf import journal as journal_module
-from loopgguf import publish
 from loopgguf.checkpoint import CURRENT, Job, job_folder
 from loopgguf.compensate import Damping
 from loopgguf.container import PartFile, part_path, plan_layout, read_gguf
@@ -42,18 +39,9 @@ FEEDBACK = (FeedbackLog("columns", 1 / 3, Damping(0.3), is_aimed=True), Feedback
 LOG = TensorLog(SampledError(3, 9, 0.1 + 0.2), 7, FEEDBACK, MaskLog(3, 2, 1, 0.1, 0.2, 0.3))
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing but the file system knows of it."""
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty folder and cache; every finished tensor is saved at once; llama.cpp is not asked (other tests do)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(publish, "Journal", partial(Journal, min_seconds=0))
-    monkeypatch.setattr(journal_module, "MAX_SHARE", float("inf"))
-    monkeypatch.setattr(publish, "speak", lambda *_args, **_kwargs: "hello")
+    isolate(monkeypatch, tmp_path)
     return tmp_path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_checkpoint import LLAMA3_ROPE
 
 from loopgguf.accumulators import Columns, ColumnSums, HoldoutSplit, Spikes, split_holdout
 from loopgguf.architectures import input_group, rope_source_rows, tensor_role
@@ -79,13 +80,10 @@ def test_layer_by_layer_equals_the_whole_model(demo_model: Path, chunks: np.ndar
     assert all("tok/s" in phase and "perplexity" not in phase for phase, _, _ in seen)  # which is known at the end only
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
         ("Mistral", {"sliding_window": 8}),
         ("Qwen2", {"tie_word_embeddings": True}),
         ("Qwen3", {"head_dim": 16}),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_checkpoint import LLAMA3_ROPE
 
 from loopgguf import ggml
 from loopgguf.accumulators import HoldoutSplit, split_holdout
@@ -243,13 +244,10 @@ def test_a_file_without_weights_has_no_drift(llama: Path):
             assert_close(moments.second, H, float(np.diag(H).max()), names[0])
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
         ("Mistral", {"sliding_window": 8}),
         ("Qwen2", {"tie_word_embeddings": True}),
         ("Qwen3", {"head_dim": 32}),

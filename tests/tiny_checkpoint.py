@@ -23,6 +23,14 @@ LLAMA_CONFIG: dict[str, object] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _ENCODE = {
     "F32": lambda values: values.astype("<f4"),
     "F16": lambda values: values.astype("<f2"),
