@@ -171,19 +171,23 @@ def imatrix_text(candidates: Sequence[Candidate]) -> str:
     return "none"
 
 
-def decode_weights(path: Path) -> Path:
-    """Write a GGUF's weights as F32 beside it, and return that file."""
-    source, decoded = open_source(path), path.with_suffix(".decoded.gguf")
+def decode_weights(candidate: Candidate, folder: Path) -> Path:
+    """Write a file's weights as F32, and return that file."""
+    source, decoded = open_source(candidate.path), folder / f"{candidate.name}.decoded.gguf"
     plan = plan_conversion(source.tensors, source.metadata, "f32", allow_requantize=True)
     publish(source, Order(plan), decoded, Settings(overwrite=True), ())
     return decoded
 
 
-def measure(candidates: Sequence[Candidate], reference: Path, text: Path, options: argparse.Namespace) -> list[Row]:
-    """Measure all files on one text; the reference is run once for all."""
+def measure(candidates: Sequence[Candidate], paths: Sequence[Path], reference: Path, text: Path, options: argparse.Namespace) -> list[Row]:
+    """Measure all files on one text, run from `paths`; the reference is run once for all."""
     start = time.perf_counter()
-    paths = [decode_weights(c.path) if options.weights_only else c.path for c in candidates]
-    result = compare(paths, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads))
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            note(f"    {phase} {text.name}: {done} of {total}, {time.perf_counter() - start:.0f} s")
+
+    result = compare(paths, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads, progress=tell))
     note(f"  {len(candidates)} files on {text.name}: {time.perf_counter() - start:.0f} s")
     measured = {file.path: file.quality for file in result.files}
     return [Row(candidate, measured[path]) for candidate, path in zip(candidates, paths, strict=True)]
@@ -217,8 +221,9 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
         raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
+    paths = [decode_weights(candidate, folder) if options.weights_only else candidate.path for candidate in candidates]
     for text in models.resolve_texts(options):
-        rows = measure(candidates, reference, text, options)
+        rows = measure(candidates, paths, reference, text, options)
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
         yield Section(name, text.name, reference_type, imatrix_text(candidates), add_comparisons(rows, pairs, options))
 
