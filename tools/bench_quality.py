@@ -171,9 +171,9 @@ def imatrix_text(candidates: Sequence[Candidate]) -> str:
     return "none"
 
 
-def decode_weights(candidate: Candidate, folder: Path) -> Path:
-    """Write a file's weights as F32, and return that file."""
-    source, decoded = open_source(candidate.path), folder / f"{candidate.name}.decoded.gguf"
+def decode_weights(path: Path, folder: Path) -> Path:
+    """Write a GGUF's weights as F32 into a folder, and return that file."""
+    source, decoded = open_source(path), folder / f"{path.stem}.decoded.gguf"
     plan = plan_conversion(source.tensors, source.metadata, "f32", allow_requantize=True)
     publish(source, Order(plan), decoded, Settings(overwrite=True), ())
     return decoded
@@ -185,7 +185,7 @@ def measure(candidates: Sequence[Candidate], paths: Sequence[Path], reference: P
 
     def tell(phase: str, done: int, total: int) -> None:
         if done * 10 // total > (done - 1) * 10 // total:
-            note(f"    {phase} {text.name}: {done} of {total}, {time.perf_counter() - start:.0f} s")
+            note(f"    {phase}: {done} of {total}, {time.perf_counter() - start:.0f} s")
 
     result = compare(paths, reference, (text,), n_chunks=options.chunks, settings=Settings(n_threads=options.threads, progress=tell))
     note(f"  {len(candidates)} files on {text.name}: {time.perf_counter() - start:.0f} s")
@@ -221,7 +221,7 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
         raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
-    paths = [decode_weights(candidate, folder) if options.weights_only else candidate.path for candidate in candidates]
+    paths = [decode_weights(c.path, folder) if options.weights_only else c.path for c in candidates]
     for text in models.resolve_texts(options):
         rows = measure(candidates, paths, reference, text, options)
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
