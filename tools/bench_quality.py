@@ -27,6 +27,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -144,8 +145,12 @@ def make(model: Path, name: str, request: QuantizeRequest, folder: Path, options
 
 def make_candidates(model: Path, folder: Path, options: argparse.Namespace) -> list[Candidate]:
     """Quantize a model as every preset and profile asked for, and at the sizes of presets; files that were given come first."""
-    candidates = {path.stem: as_candidate(path.stem, path) for path in map(Path, split(options.files))}
-    for name, request in make_requests(model, options).items():
+    given, requests = list(map(Path, split(options.files))), make_requests(model, options)
+    counts = Counter([*(path.stem for path in given), *(Path(name).stem for name in requests)])
+    if doubled := [name for name, count in counts.items() if count > 1]:
+        raise UsageError(f"--files: got {', '.join(doubled)} twice, expected names that neither another file nor a type or profile has: rename one")
+    candidates = {path.stem: as_candidate(path.stem, path) for path in given}
+    for name, request in requests.items():
         candidates[Path(name).stem] = make(model, Path(name).stem, request, folder, options)
         if name in split(options.at_size_of):
             sized = replace(request, quant_type=None, size_bytes=candidates[name].n_bytes, compensate=options.compensate)
@@ -171,9 +176,9 @@ def imatrix_text(candidates: Sequence[Candidate]) -> str:
     return "none"
 
 
-def decode_weights(path: Path, folder: Path) -> Path:
-    """Write a GGUF's weights as F32 into a folder, and return that file."""
-    source, decoded = open_source(path), folder / f"{path.stem}.decoded.gguf"
+def decode_weights(candidate: Candidate, model: Path, folder: Path) -> Path:
+    """Write a file's weights as F32 into a folder, and return that file; a given file may be called what a made one is, so it goes by its candidate's name."""
+    source, decoded = open_source(candidate.path), folder / f"{model.stem}-{candidate.name}.decoded.gguf"
     plan = plan_conversion(source.tensors, source.metadata, "f32", allow_requantize=True)
     publish(source, Order(plan), decoded, Settings(overwrite=True), ())
     return decoded
@@ -221,7 +226,7 @@ def run_model(name: str, model: Path, pairs: Mapping[str, str], folder: Path, op
     unknown = ({*pairs, *pairs.values()}) - {candidate.name for candidate in candidates}
     if unknown:
         raise UsageError(f"--compare: got {', '.join(sorted(unknown))}, expected names among {', '.join(c.name for c in candidates)}")
-    paths = [decode_weights(c.path, folder) if options.weights_only else c.path for c in candidates]
+    paths = [decode_weights(candidate, model, folder) if options.weights_only else candidate.path for candidate in candidates]
     for text in models.resolve_texts(options):
         rows = measure(candidates, paths, reference, text, options)
         reference_type = next(t.type.name for t in read_shards(reference)[0].tensors if len(t.shape) > 1)
